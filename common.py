@@ -1,0 +1,760 @@
+"""What the three servers share. Copy this file together with the server that you copy.
+
+In this order: the command line's options, the result budget, a token bucket, a TTL cache, a path sandbox,
+a server that checks, bounds and records every tool call, and the command line. Nothing here knows about files,
+databases or HTTP APIs as such, and nothing here is imported that one of the servers does not need.
+"""
+
+import argparse
+import asyncio
+import errno
+import json
+import logging
+import os
+import re
+import signal
+import stat
+import sys
+import time
+import weakref
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence, Sized
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Generic, NoReturn, TypeVar, cast
+
+import anyio
+from mcp.server import MCPServer
+from mcp.server.mcpserver import Context
+from mcp.server.mcpserver.exceptions import ToolError, UnexpectedToolError
+from mcp_types import CallToolResult, TextContent, Tool, ToolAnnotations
+from pydantic import ValidationError
+
+__version__ = "0.1.0"
+
+# ---------------------------------------------------------------------------------------------- limits and options
+
+MAX_OUTPUT = 40_000  # characters: about 10,000 tokens, below the 25,000 at which clients cut a result themselves
+TIME_LIMIT = 30.0  # seconds a tool may run; clients drop results at 60
+MAX_AUDIT_VALUE = 200  # characters of one argument kept in an audit line
+
+READ_ONLY = ToolAnnotations(read_only_hint=True, open_world_hint=False)
+
+
+class ConfigError(Exception):
+    """A mistake in how the server was started: reported as one line on stderr, exit code 2."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What every server can be started with: `max_output` in characters (0 = no limit), `rate_limit` as calls per
+    seconds, `audit_log` as the file to append to."""
+
+    max_output: int = MAX_OUTPUT
+    rate_limit: tuple[int, float] | None = None
+    audit_log: Path | None = None
+
+
+# ------------------------------------------------------------------------------------------------- result budget
+
+
+def trailer(*facts: str, **resume: object) -> str:
+    """The last line of a result that was cut: what is missing, and the exact arguments that continue.
+
+    >>> trailer("lines 1-812 of 2310 shown", offset=812)
+    '[lines 1-812 of 2310 shown; continue with offset=812]'
+    """
+    arguments = " ".join(f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in resume.items())
+    return "[" + "; ".join([*facts, f"continue with {arguments}"] if resume else facts) + "]"
+
+
+def page(
+    lines: Iterable[str],
+    noun: str,
+    *,
+    max_output: int,
+    offset: int = 0,
+    limit: int | None = None,
+    notes: Callable[[], Sequence[str]] = tuple[str, ...],
+) -> str:
+    """The lines from `offset` on that fit in `max_output` characters and `limit` lines; a trailer says what was cut.
+
+    `lines` may be lazy: it is read only as far as the page needs, so its total is then unknown. `notes` is asked at
+    the end for what else the reader must know (what was skipped). Raises ToolError for an offset past the end.
+    """
+    shown: list[str] = []
+    used, seen, more = 0, 0, False
+    for line in lines:
+        seen += 1
+        if seen <= offset:
+            continue
+        # The first line is always shown, however long: a page that shows nothing could not be continued.
+        if shown and ((max_output and used + len(line) >= max_output) or len(shown) == limit):
+            more = True
+            break
+        shown.append(line)
+        used += len(line) + 1
+    if offset and not shown:
+        raise ToolError(f"offset={offset} is past the end: there are {seen} {noun}; use a smaller offset")
+    facts = list(notes())
+    end = offset + len(shown)
+    if more:
+        of = f" of {len(lines)}" if isinstance(lines, Sized) else ""
+        facts.insert(0, f"{noun} {offset + 1}-{end}{of} shown")
+    elif not shown:
+        facts.insert(0, f"no {noun}")
+    if facts:
+        shown.append(trailer(*facts, **({"offset": end} if more else {})))
+    return "\n".join(shown)
+
+
+# -------------------------------------------------------------------------------------------------- token bucket
+
+
+class TokenBucket:
+    """A rate limiter: `capacity` tokens at most, `refill_rate` new ones a second, one token a call.
+
+    A waiting caller takes its token at once, before it is there: `tokens` goes below zero and the next caller waits
+    behind it, so callers are served in order. Algorithm: https://en.wikipedia.org/wiki/Token_bucket.
+    """
+
+    def __init__(
+        self,
+        capacity: float,
+        refill_rate: float,
+        *,
+        timer: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        if capacity < 1 or refill_rate <= 0:
+            raise ValueError("capacity must be at least 1 and refill_rate above 0")
+        self.capacity = capacity
+        self.refill_rate = refill_rate
+        self._timer = timer
+        self._sleep = sleep
+        self._tokens = float(capacity)
+        self._updated = timer()
+
+    @property
+    def tokens(self) -> float:
+        """How many tokens there are now; below zero while callers wait."""
+        now = self._timer()
+        self._tokens = min(self.capacity, self._tokens + (now - self._updated) * self.refill_rate)
+        self._updated = now
+        return self._tokens
+
+    def try_acquire(self) -> float:
+        """Take a token and return 0.0, or take nothing and return the seconds until there is one."""
+        tokens = self.tokens
+        if tokens < 1:
+            return (1 - tokens) / self.refill_rate
+        self._tokens -= 1
+        return 0.0
+
+    async def acquire(self, max_wait: float) -> float:
+        """Wait up to `max_wait` seconds for a token and return 0.0; or, if that is not enough, take nothing, do not
+        wait, and return the seconds it would have taken. A caller cancelled while it waits costs nothing."""
+        wait = self.try_acquire()
+        if wait == 0.0 or wait > max_wait:
+            return wait
+        self._tokens -= 1
+        try:
+            await self._sleep(wait)
+        except BaseException:
+            self._tokens += 1
+            raise
+        return 0.0
+
+
+# ----------------------------------------------------------------------------------------------------- TTL cache
+
+K = TypeVar("K")
+V = TypeVar("V")
+
+
+@dataclass(frozen=True, slots=True)
+class Entry(Generic[V]):
+    """One cached value: its size in bytes, and when it was stored and expires on the cache's timer."""
+
+    value: V
+    size: int
+    stored: float
+    expires: float
+
+
+class TTLCache(Generic[K, V]):
+    """A cache with at most `maxsize` entries and `max_bytes` bytes, each fresh for `ttl` seconds after it was put.
+
+    The least recently used entry goes first. An entry is expired from the very instant `stored + ttl` on; it stays
+    readable through `peek` (for revalidation) until it is evicted, replaced, or removed by `expire`.
+    """
+
+    def __init__(
+        self,
+        maxsize: int,
+        ttl: float,
+        *,
+        max_bytes: int | None = None,
+        timer: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.maxsize = maxsize
+        self.ttl = ttl
+        self.max_bytes = max_bytes
+        self.timer = timer
+        self.currsize = 0
+        self.hits = 0
+        self.misses = 0
+        self._entries: dict[K, Entry[V]] = {}  # in order of use, the oldest first
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def get(self, key: K) -> V | None:
+        """The fresh value, or None; counts a hit or a miss."""
+        entry = self._entries.get(key)
+        if entry is None or self.timer() >= entry.expires:
+            self.misses += 1
+            return None
+        self.hits += 1
+        self._entries[key] = self._entries.pop(key)
+        return entry.value
+
+    def peek(self, key: K) -> Entry[V] | None:
+        """The entry as it is stored, expired or not; counts nothing and is no use."""
+        return self._entries.get(key)
+
+    def put(self, key: K, value: V, *, ttl: float | None = None, size: int = 0) -> None:
+        """Store a value of `size` bytes; one that is larger than the whole cache is not kept."""
+        self.discard(key)
+        if self.max_bytes is not None and size > self.max_bytes:
+            return
+        now = self.timer()
+        self._entries[key] = Entry(value, size, now, now + (self.ttl if ttl is None else ttl))
+        self.currsize += size
+        while len(self._entries) > self.maxsize or (self.max_bytes is not None and self.currsize > self.max_bytes):
+            self.discard(next(iter(self._entries)))
+
+    def discard(self, key: K) -> None:
+        """Remove an entry if it is there."""
+        entry = self._entries.pop(key, None)
+        if entry is not None:
+            self.currsize -= entry.size
+
+    def expire(self) -> None:
+        """Remove every entry that is no longer fresh."""
+        now = self.timer()
+        for key in [key for key, entry in self._entries.items() if now >= entry.expires]:
+            self.discard(key)
+
+    def clear(self) -> None:
+        """Remove everything; the counters stay."""
+        self._entries.clear()
+        self.currsize = 0
+
+
+# -------------------------------------------------------------------------------------------------- path sandbox
+#
+# Resolving a path and then opening it by name is a race: between the two, another process can put a symlink where
+# a directory was. So a path is resolved only to learn where it leads; what is opened is reached from the root's
+# descriptor, one component at a time, and no component may be a symlink. A swap makes the call fail, never leak.
+
+HAS_DIR_FD = os.open in os.supports_dir_fd and os.stat in os.supports_dir_fd and os.scandir in os.supports_fd
+_NOFOLLOW = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
+_DIRECTORY = os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) | _NOFOLLOW
+# Passing through a directory needs no right to list it; O_PATH (Linux) asks for none.
+_PASS = getattr(os, "O_PATH", os.O_RDONLY) | getattr(os, "O_DIRECTORY", 0) | _NOFOLLOW
+# Without O_NONBLOCK, opening a FIFO waits for a writer, for ever; without O_NOCTTY a terminal can become ours.
+_FILE = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0) | getattr(os, "O_BINARY", 0) | _NOFOLLOW
+
+Handle = int | str
+"""An open directory: a descriptor, or (Windows) its path, which is checked again after every open."""
+
+
+def open_at(parent: Handle, name: str, flags: int = _FILE) -> int:
+    """Open `name`, one component, in the directory `parent`, never through a symlink. Raises OSError."""
+    if isinstance(parent, int):
+        return os.open(name, flags, dir_fd=parent)
+    path = os.path.join(parent, name)
+    fd = os.open(path, flags)
+    if os.path.realpath(path) != path:  # Windows has no O_NOFOLLOW: refuse after the fact what it would have refused
+        os.close(fd)
+        raise OSError(errno.ELOOP, "replaced by a link")
+    return fd
+
+
+def open_file_at(parent: Handle, name: str) -> tuple[int, os.stat_result]:
+    """Open a regular file for reading; a FIFO, socket or device is refused, so no read can hang. Raises OSError."""
+    fd = open_at(parent, name)
+    info = os.fstat(fd)
+    if not stat.S_ISREG(info.st_mode):
+        os.close(fd)
+        raise OSError(errno.EISDIR if stat.S_ISDIR(info.st_mode) else errno.ENXIO, "not a regular file")
+    return fd, info
+
+
+def open_directory_at(parent: Handle, name: str, flags: int = _DIRECTORY) -> Handle:
+    """Open the subdirectory `name`, never through a symlink; the caller closes it. Raises OSError."""
+    if isinstance(parent, int):
+        return os.open(name, flags, dir_fd=parent)
+    path = os.path.join(parent, name)
+    if os.path.realpath(path) != path:
+        raise OSError(errno.ELOOP, "replaced by a link")
+    if not os.path.isdir(path):
+        raise OSError(errno.ENOTDIR, "not a directory")
+    return path
+
+
+def stat_at(parent: Handle, name: str) -> os.stat_result:
+    """`lstat` of `name` in the directory `parent`. Raises OSError."""
+    if isinstance(parent, int):
+        return os.stat(name, dir_fd=parent, follow_symlinks=False)
+    return os.lstat(os.path.join(parent, name))
+
+
+def close_handle(handle: Handle) -> None:
+    """Close what `open_directory_at` or `Sandbox.open_directory` returned."""
+    if isinstance(handle, int):
+        os.close(handle)
+
+
+_ESCAPED = re.compile(rb"\\x(0[1-9a-f]|1[0-9a-f]|7f|[89a-f][0-9a-f])")
+
+
+def printable(name: str) -> str:
+    r"""A file name as text that can be shown on one line and passed back: bytes that are no UTF-8 and characters
+    that do not print become `\xNN`. A raw lone surrogate would end the server, a newline would forge an entry."""
+    if name.isprintable():
+        return name
+    return "".join(c if c.isprintable() else "".join(f"\\x{b:02x}" for b in os.fsencode(c)) for c in name)
+
+
+def unprintable(shown: str) -> str:
+    """The name that `printable` shows as `shown`. Escapes of `.`, `/` and NUL are left alone: nothing to smuggle."""
+    if "\\x" not in shown or not shown.isprintable():
+        return shown
+    return os.fsdecode(_ESCAPED.sub(lambda match: bytes([int(match[1], 16)]), shown.encode()))
+
+
+def describe_os_error(exc: OSError, shown: str) -> str:
+    """One sentence for the model. The exception's own text names host paths, so only its number is used."""
+    match exc.errno:
+        case errno.ENOENT:
+            return f"not found: {shown}; list_directory shows what is there"
+        case errno.ENOTDIR:
+            return f"not a directory: {shown}; use the path of a directory, or read_file for a file"
+        case errno.EISDIR:
+            return f"{shown} is a directory; use list_directory or directory_tree"
+        case errno.ENXIO | errno.ENODEV:
+            return f"{shown} is not a regular file (a FIFO, socket or device) and is never opened; choose another"
+        case errno.EACCES | errno.EPERM:
+            return f"permission denied: {shown}; the server's user may not read it, choose another path"
+        case errno.ELOOP:
+            return f"{shown} is a symlink loop, or was replaced by a symlink just now; check it and try again"
+        case errno.ENAMETOOLONG:
+            return f"a name in the path is too long for the file system: {shown[:80]}…; shorten it"
+        case errno.EMFILE | errno.ENFILE:
+            return "too many files are open in the server just now; try again in a second"
+        case _:
+            return f"cannot read {shown} ({os.strerror(exc.errno or errno.EIO).lower()}); try another path"
+
+
+@dataclass(frozen=True)
+class Root:
+    """One allowed directory: its resolved path, and the handle that everything in it is reached from."""
+
+    path: str
+    handle: Handle
+
+
+@dataclass(frozen=True)
+class Located:
+    """A path that leads into a root: `parts` below it, free of symlinks when it was resolved; `shown` for messages."""
+
+    root: Root
+    parts: tuple[str, ...]
+    shown: str
+
+    @property
+    def path(self) -> str:
+        """The path below the root, with `/`; "" for the root itself."""
+        return "/".join(self.parts)
+
+
+class Sandbox:
+    """Opens files and directories inside the allowed directories, and nothing else.
+
+    `roots` must exist. Each is held open, so what it is called later does not matter.
+    """
+
+    def __init__(self, roots: Iterable[str | Path]) -> None:
+        self.roots: list[Root] = []
+        for given in roots:
+            path = os.path.realpath(os.path.expanduser(given))
+            if not os.path.isdir(path):
+                raise ConfigError(f"{given} is not a directory; name an existing directory")
+            try:
+                handle: Handle = os.open(path, _DIRECTORY) if HAS_DIR_FD else path
+            except OSError as exc:
+                raise ConfigError(f"{given} cannot be opened: {exc.strerror}; choose another directory") from None
+            root = Root(path, handle)
+            weakref.finalize(root, close_handle, handle)
+            self.roots.append(root)
+
+    def resolve(self, untrusted: str, *, follow_last: bool = True) -> Located:
+        """Find where a path leads; relative ones are looked up in each root in turn. Raises ToolError if outside.
+
+        `follow_last=False` keeps a symlink in the last component as it is, to look at the link itself.
+        """
+        if not untrusted or "\0" in untrusted:
+            raise ToolError('the path is empty or contains a NUL byte; give a path such as "." or "notes/todo.txt"')
+        inside: list[Located] = []
+        for candidate in dict.fromkeys([untrusted, unprintable(untrusted)]):
+            for root in self.roots:
+                located = self._locate(os.path.join(root.path, candidate), untrusted, follow_last)
+                if located is None:
+                    continue
+                if os.path.lexists(os.path.join(located.root.path, *located.parts)):
+                    return located
+                inside.append(located)
+        if not inside:  # the same words whether or not anything is there: an error must not tell what exists outside
+            raise ToolError(
+                f"{printable(untrusted)} is outside the allowed directories; list_allowed_directories names them"
+            )
+        return inside[0]
+
+    def _locate(self, path: str, untrusted: str, follow_last: bool) -> Located | None:
+        try:
+            if follow_last:
+                real = os.path.realpath(path)
+            else:
+                parent, name = os.path.split(path.rstrip(os.sep))
+                real = os.path.join(os.path.realpath(parent), name)
+                if name in ("", os.curdir, os.pardir):
+                    real = os.path.realpath(path)
+        except (OSError, ValueError):  # ValueError: text that cannot be a file name, such as a lone surrogate
+            return None
+        for root in self.roots:
+            # Comparing with the separator keeps /data out of reach of /data_private's paths, and the reverse.
+            if real == root.path or real.startswith(root.path.rstrip(os.sep) + os.sep):
+                parts = tuple(real[len(root.path) :].strip(os.sep).split(os.sep)) if real != root.path else ()
+                return Located(root, parts, printable(untrusted))
+        return None
+
+    def open_directory(self, located: Located, *, depth: int | None = None) -> Handle:
+        """Walk from the root's descriptor to a directory (or its first `depth` parts), refusing every symlink on the
+        way; the caller closes it. Raises OSError."""
+        parts = located.parts[:depth]
+        handle = os.dup(located.root.handle) if isinstance(located.root.handle, int) else located.root.handle
+        for number, part in enumerate(parts, 1):
+            try:
+                child = open_directory_at(handle, part, _DIRECTORY if number == len(located.parts) else _PASS)
+            finally:
+                close_handle(handle)
+            handle = child
+        return handle
+
+    def open_file(self, located: Located) -> tuple[int, os.stat_result]:
+        """Open a regular file for reading; the caller closes the descriptor. Raises OSError."""
+        if not located.parts:
+            raise OSError(errno.EISDIR, "a directory")
+        parent = self.open_directory(located, depth=-1)
+        try:
+            return open_file_at(parent, located.parts[-1])
+        finally:
+            close_handle(parent)
+
+    def stat(self, located: Located) -> os.stat_result:
+        """`lstat` of the path. Raises OSError."""
+        parent = self.open_directory(located, depth=-1)
+        try:
+            return stat_at(parent, located.parts[-1] if located.parts else os.curdir)
+        finally:
+            close_handle(parent)
+
+
+# ---------------------------------------------------------------------------------------------------- the server
+
+_SECRET_NAME = re.compile(r"pass|secret|token|api[-_]?key|auth|credential|cookie", re.IGNORECASE)
+
+
+def _for_audit(value: Any, name: str = "") -> Any:
+    """Arguments as they may be written down: secrets by their name are masked, long texts cut."""
+    if _SECRET_NAME.search(name):
+        return "***"
+    if isinstance(value, str) and len(value) > MAX_AUDIT_VALUE:
+        return f"{value[:MAX_AUDIT_VALUE]}… ({len(value)} characters)"
+    if isinstance(value, Mapping):
+        return {str(k): _for_audit(v, str(k)) for k, v in cast("Mapping[object, Any]", value).items()}
+    if isinstance(value, list):
+        return [_for_audit(item) for item in cast("list[Any]", value)[:MAX_AUDIT_VALUE]]
+    return value
+
+
+def _without_titles(schema: Any) -> Any:
+    """A JSON schema without pydantic's titles: they repeat the names and cost the model tokens."""
+    if isinstance(schema, dict):
+        items = cast("dict[str, Any]", schema).items()
+        return {k: _without_titles(v) for k, v in items if not (k == "title" and isinstance(v, str))}
+    if isinstance(schema, list):
+        return [_without_titles(item) for item in cast("list[Any]", schema)]
+    return schema
+
+
+class Server(MCPServer[Any]):
+    """An MCPServer whose tool calls are all checked, bounded in time, and recorded, whatever the tool does.
+
+    Every failure reaches the model as one sentence. `redact` is applied to all text that leaves the server.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        instructions: str,
+        options: Options,
+        *,
+        redact: Callable[[str], str] = str,
+        lifespan: Any = None,
+    ) -> None:
+        # At the SDK's default, INFO, every refused call would add a line to the client's log file.
+        super().__init__(name, instructions=instructions, version=__version__, log_level="WARNING", lifespan=lifespan)
+        self.options = options
+        self._redact = redact
+        self._tools: list[Tool] = []
+        self._bucket: TokenBucket | None = None
+        if options.rate_limit is not None:
+            calls, seconds = options.rate_limit
+            self._bucket = TokenBucket(calls, calls / seconds)
+        self._audit_fd: int | None = None
+        if options.audit_log is not None:
+            try:
+                self._audit_fd = os.open(options.audit_log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+            except OSError as exc:
+                raise ConfigError(f"cannot write the audit log {options.audit_log}: {exc.strerror}") from None
+            weakref.finalize(self, os.close, self._audit_fd)
+
+    def add_tool(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        """As in MCPServer; a docstring written over several lines is sent to the model as one."""
+        kwargs["description"] = kwargs.get("description") or " ".join((fn.__doc__ or "").split())
+        super().add_tool(fn, *args, **kwargs)
+
+    async def list_tools(self) -> list[Tool]:
+        """The tools, in the order in which they were added."""
+        if not self._tools:
+            for tool in await super().list_tools():
+                schemas = _without_titles({"input_schema": tool.input_schema, "output_schema": tool.output_schema})
+                self._tools.append(tool.model_copy(update=schemas))
+        return self._tools
+
+    async def call_tool(
+        self, name: str, arguments: dict[str, Any], context: Context[Any, Any] | None = None
+    ) -> CallToolResult:
+        """Run one tool within the time limit. Raises ToolError with one sentence that says what to do next."""
+        started = time.perf_counter()
+        outcome, size = "cancelled", 0
+        try:
+            await self._refuse_bad_call(name, arguments)
+            with anyio.fail_after(TIME_LIMIT):
+                result = cast("CallToolResult", await super().call_tool(name, arguments, context))
+            size = self._clean(result)
+            outcome = "error" if result.is_error else "ok"
+            return result
+        except TimeoutError:
+            outcome = "timeout"
+            raise ToolError(f"{name} did not finish within {TIME_LIMIT:g} s; ask for less, or for a part") from None
+        except ToolError as exc:
+            outcome = "error"
+            message = self._clean_text(self._sentence(name, exc))
+            size = len(message.encode())
+            raise (UnexpectedToolError if isinstance(exc, UnexpectedToolError) else ToolError)(message) from (
+                exc.__cause__ if isinstance(exc, UnexpectedToolError) else None
+            )
+        finally:
+            self._audit(name, arguments, outcome, time.perf_counter() - started, size)
+
+    async def _refuse_bad_call(self, name: str, arguments: dict[str, Any]) -> None:
+        tools = {tool.name: tool for tool in await self.list_tools()}
+        if name not in tools:
+            raise ToolError(f"unknown tool: {name}; this server has {', '.join(tools)}")
+        # The SDK drops a misspelt argument without a word, and the model believes that it had an effect.
+        valid = tools[name].input_schema.get("properties", {})
+        for argument in arguments:
+            if argument not in valid:
+                takes = ", ".join(valid) or "no arguments"
+                raise ToolError(f"unknown argument: {argument}; {name} takes {takes}")
+        wait = self._bucket.try_acquire() if self._bucket else 0.0
+        if wait and self._bucket:
+            raise ToolError(
+                f"rate limit reached: {self._bucket.capacity:g} calls at once, {self._bucket.refill_rate:g} a second; "
+                f"try again in {wait:.1f} s"
+            )
+
+    def _sentence(self, name: str, exc: ToolError) -> str:
+        if isinstance(exc, UnexpectedToolError):
+            return f"{name} failed inside the server; the reason is in the server's log, try other arguments"
+        if isinstance(exc.__cause__, ValidationError):
+            problems = [
+                f"{'.'.join(str(part) for part in error['loc'])}: {error['msg'][:1].lower()}{error['msg'][1:]}"
+                + (f" (got {str(error['input'])[:60]!r})" if error["type"] != "missing" else "")
+                for error in exc.__cause__.errors(include_url=False)
+            ]
+            return f"{'; '.join(problems)}; correct the arguments of {name} and call it again"
+        return str(exc).removeprefix(f"Error executing tool {name}: ")
+
+    def _clean_text(self, text: str) -> str:
+        """Text that may leave: secrets masked, and no lone surrogate, which would end the SDK's writer."""
+        return self._redact(text).encode("utf-8", "backslashreplace").decode()
+
+    def _clean(self, result: CallToolResult) -> int:
+        """Make a result fit to be sent; returns its size in bytes."""
+        if result.structured_content is not None:
+            # The SDK's text copy of a structured result is indented JSON: half of it is white space.
+            text = json.dumps(result.structured_content, ensure_ascii=False, separators=(",", ":"))
+            text = self._clean_text(text)
+            result.structured_content = json.loads(text)
+            result.content = [TextContent(type="text", text=text)]
+        size = 0
+        for block in result.content:
+            if isinstance(block, TextContent):
+                block.text = self._redact(block.text)
+                try:
+                    size += len(block.text.encode())
+                except UnicodeEncodeError:
+                    block.text = self._clean_text(block.text)
+        return size
+
+    def _audit(self, name: str, arguments: dict[str, Any], outcome: str, seconds: float, size: int) -> None:
+        if self._audit_fd is None:
+            return
+        line = {
+            "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+            "tool": name,
+            "arguments": _for_audit(arguments),
+            "outcome": outcome,
+            "ms": round(seconds * 1000, 1),
+            "bytes": size,
+        }
+        try:
+            os.write(self._audit_fd, self._redact(json.dumps(line)).encode() + b"\n")
+        except OSError:
+            logging.getLogger(__name__).error("the audit log cannot be written")
+
+
+# -------------------------------------------------------------------------------------------------- command line
+
+
+class _OneLineParser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (--help shows the usage)\n")
+
+
+def argument_parser(name: str, description: str) -> argparse.ArgumentParser:
+    """A parser with the options that all servers share; the caller adds its own."""
+    parser = _OneLineParser(prog=name, description=description, allow_abbrev=False)
+    parser.add_argument(
+        "--call", nargs="+", metavar=("TOOL", "name=value"), help="run one tool, print its result, and exit"
+    )
+    parser.add_argument("--list-tools", action="store_true", help="print the tools with their parameters, and exit")
+    parser.add_argument("--audit-log", type=Path, metavar="FILE", help="append one JSON line a call to FILE")
+    parser.add_argument(
+        "--max-output",
+        type=_not_negative,
+        default=MAX_OUTPUT,
+        metavar="CHARS",
+        help="characters in a result at most, 0 = no limit (default: %(default)s)",
+    )
+    parser.add_argument("--rate-limit", type=_rate, metavar="CALLS/SECONDS", help="refuse calls above this rate")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    return parser
+
+
+def _not_negative(text: str) -> int:
+    if not text.isascii() or not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 0 or more")
+    return int(text)
+
+
+def _rate(text: str) -> tuple[int, float]:
+    with suppress(ValueError, ZeroDivisionError):
+        calls, seconds = text.split("/")
+        if int(calls) >= 1 and 0 < int(calls) / float(seconds) < float("inf"):
+            return int(calls), float(seconds)
+    raise argparse.ArgumentTypeError(f"{text!r} is not CALLS/SECONDS, such as 60/60")
+
+
+def serve(parser: argparse.ArgumentParser, build: Callable[[argparse.Namespace, Options], Server]) -> None:
+    """Read the command line, build the server, and do what was asked: serve over stdio, or run one tool."""
+    args = parser.parse_args()
+    try:
+        server = build(args, Options(args.max_output, args.rate_limit, args.audit_log))
+    except ConfigError as exc:
+        parser.error(str(exc))
+    # Ctrl-C ends the process at once; Python's own handler would wait for the thread that reads stdin.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if args.list_tools:
+        anyio.run(_print_tools, server)
+    elif args.call:
+        sys.exit(anyio.run(_call_once, parser, server, args.call))
+    else:
+        if sys.stdin.isatty():
+            _greet(server, parser.prog)
+        anyio.run(_serve_stdio, server)
+
+
+async def _serve_stdio(server: Server) -> None:
+    await server.run_stdio_async()
+    # The client has gone. A worker thread that is stuck in a system call must not keep the process alive.
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def _greet(server: Server, prog: str) -> None:
+    """Tell a person who started the server on a terminal what it is waiting for."""
+    script = os.path.abspath(sys.argv[0])
+    command = [sys.executable, script] if script.endswith(".py") else [script]
+    arguments = [os.path.abspath(a) if os.path.exists(a) else a for a in sys.argv[1:]]
+    entry = {"mcpServers": {prog: {"command": command[0], "args": [*command[1:], *arguments]}}}
+    print(
+        f"{server.name} {__version__}: {server.instructions}\n\n"
+        f"It speaks MCP on stdin and stdout and is meant to be started by a client. For Claude Desktop, put this into"
+        f" claude_desktop_config.json:\n\n{json.dumps(entry, indent=2)}\n\n"
+        f"To try a tool without a client: --list-tools, then --call TOOL name=value. Waiting; Ctrl-C ends.",
+        file=sys.stderr,
+    )
+
+
+async def _print_tools(server: Server) -> None:
+    for tool in await server.list_tools():
+        required = tool.input_schema.get("required", [])
+        print(f"{tool.name}: {tool.description}")
+        for name, schema in tool.input_schema.get("properties", {}).items():
+            default = "required" if name in required else f"default {json.dumps(schema.get('default'))}"
+            print(f"    {name} ({default}): {schema.get('description', '')}")
+
+
+async def _call_once(parser: argparse.ArgumentParser, server: Server, words: list[str]) -> int:
+    """Run one tool through an in-memory client and print the result; returns the exit code."""
+    from mcp import Client
+
+    tool, *pairs = words
+    tools = {t.name: t.input_schema.get("properties", {}) for t in await server.list_tools()}
+    if tool not in tools:
+        parser.error(f"unknown tool: {tool}; this server has {', '.join(tools)}")
+    arguments: dict[str, Any] = {}
+    for pair in pairs:
+        name, separator, text = pair.partition("=")
+        if not separator:
+            parser.error(f"{pair!r} is not name=value; put other arguments before --call")
+        arguments[name] = text
+        # Only a parameter that is text takes the words as they are; for the others they are JSON.
+        if tools[tool].get(name, {}).get("type") != "string":
+            with suppress(ValueError):
+                arguments[name] = json.loads(text)
+    async with Client(server) as client:
+        result = await client.call_tool(tool, arguments)
+    out = sys.stderr if result.is_error else sys.stdout
+    for block in result.content:
+        text = block.text if isinstance(block, TextContent) else block.model_dump_json(exclude_none=True)
+        out.buffer.write(text.encode("utf-8", "backslashreplace") + b"\n")
+    out.flush()
+    return int(result.is_error)
