@@ -17,8 +17,8 @@ import stat
 import sys
 import time
 import weakref
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence, Sized
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Generator, Iterable, Mapping, Sequence, Sized
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -34,6 +34,8 @@ from pydantic import ValidationError
 __version__ = "0.1.0"
 
 # ---------------------------------------------------------------------------------------------- limits and options
+
+T = TypeVar("T")
 
 MAX_OUTPUT = 40_000  # characters: about 10,000 tokens, below the 25,000 at which clients cut a result themselves
 TIME_LIMIT = 30.0  # seconds a tool may run; clients drop results at 60
@@ -70,43 +72,45 @@ def trailer(*facts: str, **resume: object) -> str:
 
 
 def page(
-    lines: Iterable[str],
+    items: Iterable[T],
     noun: str,
     *,
     max_output: int,
     offset: int = 0,
     limit: int | None = None,
+    render: Callable[[T], str] = str,
     notes: Callable[[], Sequence[str]] = tuple[str, ...],
 ) -> str:
-    """The lines from `offset` on that fit in `max_output` characters and `limit` lines; a trailer says what was cut.
+    """The items from `offset` on, one a line, as many as fit in `max_output` characters and `limit` items.
 
-    `lines` may be lazy: it is read only as far as the page needs, so its total is then unknown. `notes` is asked at
-    the end for what else the reader must know (what was skipped). Raises ToolError for an offset past the end.
+    A trailer says what was cut. `items` may be lazy: it is read no further than the page needs, and its total is then
+    not told. `notes` is asked at the end for what else the reader must know, such as what was skipped. Raises
+    ToolError for an offset past the end.
     """
-    shown: list[str] = []
+    lines: list[str] = []
     used, seen, more = 0, 0, False
-    for line in lines:
+    for item in items:
         seen += 1
         if seen <= offset:
             continue
+        line = "" if len(lines) == limit else render(item)
         # The first line is always shown, however long: a page that shows nothing could not be continued.
-        if shown and ((max_output and used + len(line) >= max_output) or len(shown) == limit):
+        if lines and (len(lines) == limit or (max_output and used + len(line) >= max_output)):
             more = True
             break
-        shown.append(line)
+        lines.append(line)
         used += len(line) + 1
-    if offset and not shown:
+    if offset and not lines:
         raise ToolError(f"offset={offset} is past the end: there are {seen} {noun}; use a smaller offset")
-    facts = list(notes())
-    end = offset + len(shown)
+    facts, end = list(notes()), offset + len(lines)
     if more:
-        of = f" of {len(lines)}" if isinstance(lines, Sized) else ""
-        facts.insert(0, f"{noun} {offset + 1}-{end}{of} shown")
-    elif not shown:
+        total = f" of {len(items)}" if isinstance(items, Sized) else ""
+        facts.insert(0, f"{noun} {offset + 1}-{end}{total} shown")
+    elif not lines:
         facts.insert(0, f"no {noun}")
     if facts:
-        shown.append(trailer(*facts, **({"offset": end} if more else {})))
-    return "\n".join(shown)
+        lines.append(trailer(*facts, **({"offset": end} if more else {})))
+    return "\n".join(lines)
 
 
 # -------------------------------------------------------------------------------------------------- token bucket
@@ -336,6 +340,15 @@ def unprintable(shown: str) -> str:
     return os.fsdecode(_ESCAPED.sub(lambda match: bytes([int(match[1], 16)]), shown.encode()))
 
 
+@contextmanager
+def explained(shown: str) -> Generator[None]:
+    """Turns an OSError inside the block into a ToolError that names `shown`, the path as the caller gave it."""
+    try:
+        yield
+    except OSError as exc:
+        raise ToolError(describe_os_error(exc, shown)) from None
+
+
 def describe_os_error(exc: OSError, shown: str) -> str:
     """One sentence for the model. The exception's own text names host paths, so only its number is used."""
     match exc.errno:
@@ -379,6 +392,18 @@ class Located:
     def path(self) -> str:
         """The path below the root, with `/`; "" for the root itself."""
         return "/".join(self.parts)
+
+
+def _walk(root: Handle, parts: Sequence[str], last: int) -> Handle:
+    """From a root's handle through `parts`, no symlink anywhere; the last one is opened with the flags `last`."""
+    handle = os.dup(root) if isinstance(root, int) else root
+    for number, part in enumerate(parts, 1):
+        try:
+            child = open_directory_at(handle, part, last if number == len(parts) else _PASS)
+        finally:
+            close_handle(handle)
+        handle = child
+    return handle
 
 
 class Sandbox:
@@ -441,36 +466,30 @@ class Sandbox:
                 return Located(root, parts, printable(untrusted))
         return None
 
-    def open_directory(self, located: Located, *, depth: int | None = None) -> Handle:
-        """Walk from the root's descriptor to a directory (or its first `depth` parts), refusing every symlink on the
-        way; the caller closes it. Raises OSError."""
-        parts = located.parts[:depth]
-        handle = os.dup(located.root.handle) if isinstance(located.root.handle, int) else located.root.handle
-        for number, part in enumerate(parts, 1):
-            try:
-                child = open_directory_at(handle, part, _DIRECTORY if number == len(located.parts) else _PASS)
-            finally:
-                close_handle(handle)
-            handle = child
-        return handle
+    def open_directory(self, located: Located) -> Handle:
+        """Open a directory for listing; the caller closes it with `close_handle`. Raises ToolError."""
+        with explained(located.shown):
+            return _walk(located.root.handle, located.parts, _DIRECTORY)
 
     def open_file(self, located: Located) -> tuple[int, os.stat_result]:
-        """Open a regular file for reading; the caller closes the descriptor. Raises OSError."""
-        if not located.parts:
-            raise OSError(errno.EISDIR, "a directory")
-        parent = self.open_directory(located, depth=-1)
-        try:
-            return open_file_at(parent, located.parts[-1])
-        finally:
-            close_handle(parent)
+        """Open a regular file for reading; the caller closes the descriptor. Raises ToolError."""
+        with explained(located.shown):
+            if not located.parts:
+                raise OSError(errno.EISDIR, "a directory")
+            parent = _walk(located.root.handle, located.parts[:-1], _PASS)
+            try:
+                return open_file_at(parent, located.parts[-1])
+            finally:
+                close_handle(parent)
 
     def stat(self, located: Located) -> os.stat_result:
-        """`lstat` of the path. Raises OSError."""
-        parent = self.open_directory(located, depth=-1)
-        try:
-            return stat_at(parent, located.parts[-1] if located.parts else os.curdir)
-        finally:
-            close_handle(parent)
+        """`lstat` of the path. Raises ToolError."""
+        with explained(located.shown):
+            parent = _walk(located.root.handle, located.parts[:-1], _PASS)
+            try:
+                return stat_at(parent, located.parts[-1] if located.parts else os.curdir)
+            finally:
+                close_handle(parent)
 
 
 # ---------------------------------------------------------------------------------------------------- the server

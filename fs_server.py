@@ -1,0 +1,989 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["mcp>=2.3,<3"]
+# ///
+"""An MCP server that lets a language model read, list, find and search the files of the directories you name.
+
+    python fs_server.py DIR [DIR ...]
+
+Trust boundary: whatever the model asks for, nothing outside those directories is opened, listed or stat'ed.
+Files that hold secrets by convention (.env, private keys, cloud credentials) are listed but not opened.
+Not defended against: what the files themselves say to the model, and hard links or bind mounts that somebody
+put inside a directory and that lead out of it: they look like any other file.
+"""
+
+import asyncio
+import base64
+import codecs
+import fnmatch
+import io
+import json
+import mimetypes
+import os
+import re
+import stat
+import time
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing, suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, AnyStr, BinaryIO, TypeVar
+from urllib.parse import quote
+
+import anyio.to_thread
+from mcp.server.mcpserver import Context
+from mcp.server.mcpserver.exceptions import ToolError
+from mcp_types import AudioContent, BlobResourceContents, CallToolResult, EmbeddedResource, ImageContent
+from pydantic import BaseModel, Field
+from pydantic_core import SchemaError, SchemaValidator, core_schema
+
+from common import (
+    READ_ONLY,
+    ConfigError,
+    Handle,
+    Located,
+    Options,
+    Sandbox,
+    Server,
+    argument_parser,
+    close_handle,
+    explained,
+    open_directory_at,
+    open_file_at,
+    page,
+    printable,
+    serve,
+    trailer,
+)
+
+# -------------------------------------------------------------------------------------------------------- limits
+
+MAX_FILE = 10_000_000  # bytes: a media file, a searched file, and the default for a whole text file
+MAX_DEPTH = 100  # levels a walk goes down: each holds a descriptor, and a process has about 1,000
+MAX_LINE = 500  # characters of one matching line shown; minified files have lines of megabytes
+MAX_REGEX_LINE = 10_000  # characters of a line that a regular expression sees, so that one line takes no seconds
+WALK_LIMIT = 25.0  # seconds: a walk ends before the call's own limit and answers with what it has
+CHUNK = 1 << 20  # bytes read at a time when a large file is scanned
+
+JUNK = frozenset(
+    {".git", ".hg", ".svn", "node_modules", "__pycache__", ".venv", "venv", ".tox", ".nox", ".mypy_cache"}
+    | {".pytest_cache", ".ruff_cache", ".gradle", ".terraform", ".next", ".idea", ".DS_Store"}
+)
+SECRET_DIRECTORIES = frozenset({".ssh", ".gnupg", ".aws", ".azure", ".kube", ".docker", "gcloud", ".password-store"})
+SECRET_FILES = (
+    ".env .env.* *.env .envrc *.pem *.key *.p12 *.pfx *.jks *.keystore *.kdbx *.ppk *.ovpn id_rsa* id_dsa* id_ecdsa*"
+    " id_ed25519* .netrc _netrc .pgpass .my.cnf .npmrc .pypirc .git-credentials .htpasswd .vault-token .dockercfg"
+    " .boto .s3cfg rclone.conf credentials.json client_secret*.json service-account*.json *.tfstate *.tfstate.backup"
+    " application_default_credentials.json secrets.yaml secrets.yml secrets.json secrets.toml master.key shadow"
+).split()
+NOT_SECRET = (".env.example", ".env.sample", ".env.template", ".env.dist", "*.pub")
+
+# ------------------------------------------------------------------------------------------------- result models
+
+
+class FileInfo(BaseModel):
+    """What `get_file_info` returns; times are ISO 8601 in UTC, sizes in bytes."""
+
+    path: str
+    type: str
+    size: int
+    modified: str
+    accessed: str
+    created: str | None
+    permissions: str
+    mime_type: str | None
+    link_target: str | None
+
+
+class AllowedDirectories(BaseModel):
+    """What `list_allowed_directories` returns."""
+
+    directories: list[str]
+
+
+# ------------------------------------------------------------------------------------------------------ patterns
+
+
+def linear_regex(pattern: str) -> Callable[[str], bool]:
+    """A predicate that is true where `pattern` is found. Raises ToolError for a pattern that does not compile.
+
+    Python's own `re` needs exponential time for patterns like `(a+)+$`, and nothing can interrupt it. Pydantic
+    carries Rust's regex engine, which is linear in the text and has no look-around and no back-references.
+    """
+    try:
+        return SchemaValidator(core_schema.str_schema(pattern=pattern, strict=True)).isinstance_python
+    except SchemaError as exc:
+        reason = str(exc).splitlines()[-1].strip().removeprefix("error: ").removeprefix("SchemaError: ")
+        raise ToolError(
+            f"the pattern is no valid regular expression ({reason}); use Rust's regex syntax, or regex=false"
+        ) from None
+
+
+def escape(text: str) -> str:
+    """Text as a regular expression that matches just it."""
+    return "".join(c if c.isalnum() or c in "_/ " else f"\\x{{{ord(c):x}}}" for c in text)
+
+
+def glob_regex(pattern: str) -> str:
+    """A glob as a regular expression: `*` and `?` stay in one name, `**` crosses directories, `[a-z]`, `{a,b}`.
+
+    A glob without a slash is matched against names at any depth. The result is anchored at both ends.
+    """
+    text = pattern.removeprefix("./").strip("/")
+    out, depth = ["(?s)^(?:.*/)?" if "/" not in text else "(?s)^"], 0
+    for part in re.findall(r"\*\*/|\*\*|\[!?\]?[^\]/]*\]|.", text, re.DOTALL):
+        if part == "**/":
+            out.append("(?:.*/)?")
+        elif part == "**":
+            out.append(".*")
+        elif part == "*":
+            out.append("[^/]*")
+        elif part == "?":
+            out.append("[^/]")
+        elif part == "{" and "}" in text:
+            depth += 1
+            out.append("(?:")
+        elif part == "}" and depth:
+            depth -= 1
+            out.append(")")
+        elif part == "," and depth:
+            out.append("|")
+        elif len(part) > 1:
+            negated, body = part[1] == "!", part[1:-1].removeprefix("!")
+            body = "".join(c if c.isalnum() or c == "-" else f"\\x{{{ord(c):x}}}" for c in body)
+            out.append(f"[^/{body}]" if negated else f"[{body}]")
+        else:
+            out.append(escape(part))
+    return "".join(out) + "$"
+
+
+def glob_matcher(*patterns: str) -> Callable[[str], bool]:
+    """A predicate over relative paths, true if any of the globs matches. Raises ToolError for one that climbs out."""
+    for pattern in patterns:
+        # It would match nothing anyway: patterns are compared with paths that a walk found, they open nothing.
+        if pattern.startswith(("/", "~")) or ".." in pattern.split("/") or "\0" in pattern:
+            raise ToolError(f"the pattern {pattern!r} leads out; patterns are relative to path, such as **/*.py")
+    return linear_regex("|".join(glob_regex(pattern) for pattern in patterns) or r"[^\s\S]")
+
+
+# --------------------------------------------------------------------------------------------- work in a thread
+
+T = TypeVar("T")
+
+
+@dataclass
+class Work:
+    """What a worker thread and its waiting call know of each other."""
+
+    deadline: float = field(default_factory=lambda: time.monotonic() + WALK_LIMIT)
+    visited: int = 0
+    cancelled: bool = False
+
+    def over(self) -> bool:
+        """Whether the thread must stop: its time is up, or nobody waits for it any more."""
+        return self.cancelled or time.monotonic() > self.deadline
+
+
+async def in_thread(ctx: Context[Any, Any], function: Callable[[Work], T]) -> T:
+    """Run `function` in a worker thread, so that no disk makes another call wait; a cancelled call ends it.
+
+    A client that asked for progress is told five times a second how many entries were visited.
+    """
+    work = Work()
+
+    async def report() -> None:
+        told = 0
+        while True:
+            await asyncio.sleep(0.2)
+            if work.visited > told:
+                told = work.visited
+                await ctx.report_progress(told, message=f"{told} entries visited")
+
+    wants_progress = "progress_token" in (ctx.request_context.meta or {})
+    reporter = asyncio.create_task(report()) if wants_progress else None
+    try:
+        return await anyio.to_thread.run_sync(function, work, abandon_on_cancel=True)
+    finally:
+        work.cancelled = True
+        if reporter:
+            reporter.cancel()
+
+
+# --------------------------------------------------------------------------------------------------- directories
+
+
+class Files:
+    """The allowed directories, and which of the files in them are not to be opened."""
+
+    def __init__(self, directories: Sequence[str | Path], deny: Sequence[str] = (), allow_secrets: bool = False):
+        self.sandbox = Sandbox(directories)
+        self._denied = glob_matcher(*deny)
+        self._secret = re.compile("$^" if allow_secrets else "|".join(map(fnmatch.translate, SECRET_FILES)))
+        self._not_secret = re.compile("|".join(map(fnmatch.translate, NOT_SECRET)))
+        self._secret_directories = frozenset[str]() if allow_secrets else SECRET_DIRECTORIES
+
+    def is_secret(self, path: str) -> bool:
+        """Whether the file at this path (from its root, symlinks resolved) must not be opened."""
+        # Lower case, because on a case-insensitive disk .ENV is .env.
+        *directories, name = path.lower().split("/")
+        if self._denied(printable(path)) or not self._secret_directories.isdisjoint(directories):
+            return True
+        return self._secret.match(name) is not None and self._not_secret.match(name) is None
+
+    def open(self, path: str) -> tuple[int, os.stat_result]:
+        """Open one file for reading. Raises ToolError."""
+        located = self.sandbox.resolve(path)
+        if self.is_secret(located.path):
+            raise ToolError(
+                f"{located.shown} holds secrets by its name and is not opened;"
+                " ask the user to start the server with --allow-secrets or without this --deny"
+            )
+        return self.sandbox.open_file(located)
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """One directory of a walk: `prefix` is its path below the start ("" or ending in "/"); `entries` are sorted.
+    `mark` says why it was not listed, if it was not."""
+
+    prefix: str
+    depth: int
+    handle: Handle
+    entries: list[os.DirEntry[str]]
+    mark: str = ""
+
+
+class Walk:
+    """The directories below one, in a stable order, each reached from its parent's descriptor; symlinks are not
+    followed. `skipped` counts what was left out, and why."""
+
+    def __init__(self, files: Files, start: Located, work: Work, exclude: Sequence[str] | None = None, asked: str = ""):
+        self.skipped: Counter[str] = Counter()
+        self.shown = start.shown
+        self._files = files
+        self._start = start
+        self._work = work
+        self._excluded = glob_matcher(*exclude) if exclude else None
+        # Junk is walked when it is asked for: exclude_patterns=[], or its name in the pattern.
+        self._junk = frozenset[str]() if exclude == [] else JUNK - set(re.split(r"[/{},]", asked))
+
+    def notes(self) -> list[str]:
+        """What was skipped, as facts for a trailer."""
+        return [f"skipped {count} {what}" for what, count in sorted(self.skipped.items())]
+
+    def _list(self, handle: Handle, prefix: str, depth: int) -> Listing:
+        with os.scandir(handle) as found:
+            entries = sorted(found, key=lambda entry: entry.name)
+        if self._excluded:
+            entries = [entry for entry in entries if not self._excluded(printable(prefix + entry.name))]
+        self._work.visited += len(entries)
+        return Listing(prefix, depth, handle, entries)
+
+    def listings(self, max_depth: int = MAX_DEPTH) -> Generator[Listing]:
+        """Each directory before its subdirectories; those that are not entered come with a mark. Raises ToolError
+        if the start cannot be listed."""
+        handle = self._files.sandbox.open_directory(self._start)
+        with explained(self._start.shown):
+            listing = self._list(handle, "", 0)
+        stack: list[tuple[Listing, Iterator[os.DirEntry[str]]]] = [(listing, iter(listing.entries))]
+        try:
+            yield listing
+            while stack:
+                parent, entries = stack[-1]
+                entry = next((entry for entry in entries if entry.is_dir(follow_symlinks=False)), None)
+                if entry is None:
+                    stack.pop()
+                    close_handle(parent.handle)
+                    continue
+                if self._work.over():
+                    self.skipped[f"directories that {WALK_LIMIT:g} s did not suffice for: give a narrower path"] += 1
+                    return
+                listing = self._enter(parent, entry.name, max_depth)
+                if not listing.mark:
+                    stack.append((listing, iter(listing.entries)))
+                yield listing
+        finally:
+            for listing, _ in stack:
+                close_handle(listing.handle)
+
+    def _enter(self, parent: Listing, name: str, max_depth: int) -> Listing:
+        prefix, depth, mark = f"{parent.prefix}{name}/", parent.depth + 1, ""
+        if depth < max_depth and name in self._junk:
+            self.skipped[f"{name}"] += 1
+            mark = "skipped"
+        elif depth >= max_depth:
+            mark = "not listed"
+            if depth >= MAX_DEPTH:
+                self.skipped[f"directories below {MAX_DEPTH} levels: give a deeper path"] += 1
+        else:
+            try:
+                handle = open_directory_at(parent.handle, name)
+                try:
+                    return self._list(handle, prefix, depth)
+                except OSError:
+                    close_handle(handle)
+                    raise
+            except OSError:
+                self.skipped["unreadable directories"] += 1
+                mark = "unreadable"
+        return Listing(prefix, depth, parent.handle, [], mark)
+
+
+def type_of(mode: int) -> str:
+    """The file type in a `st_mode`, as one word."""
+    names = {
+        stat.S_IFREG: "file",
+        stat.S_IFDIR: "directory",
+        stat.S_IFLNK: "symlink",
+        stat.S_IFIFO: "fifo",
+        stat.S_IFSOCK: "socket",
+    }
+    return names.get(stat.S_IFMT(mode), "device")
+
+
+def iso(seconds: float) -> str:
+    """A time stamp as ISO 8601 in UTC, to the second."""
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def joined(directory: str, relative: str) -> str:
+    """A path that begins with the one that the caller gave, so that it can be passed back."""
+    return f"{directory.rstrip('/')}/{printable(relative)}"
+
+
+def list_line(shown: str, found: tuple[Listing, os.DirEntry[str]]) -> str:
+    """One entry of a directory as a line of JSON. The directory must still be open: this asks for the file's size."""
+    listing, entry = found
+    line: dict[str, Any] = {"path": joined(shown, listing.prefix + entry.name)}
+    try:
+        info = entry.stat(follow_symlinks=False)
+    except OSError:
+        line["type"] = "unreadable"
+    else:
+        line |= {"type": type_of(info.st_mode), "size": info.st_size, "modified": iso(info.st_mtime)}
+    return json.dumps(line, ensure_ascii=False, separators=(",", ":"))
+
+
+def tree_lines(walk: Walk, max_depth: int) -> Generator[str]:
+    """A tree, one space of indentation a level: a directory, its files, then its subdirectories."""
+    yield f"{walk.shown.rstrip('/')}/"
+    for listing in walk.listings(max_depth):
+        if listing.depth:
+            name = printable(listing.prefix[:-1].rpartition("/")[2])
+            yield f"{' ' * listing.depth}{name}/{f' [{listing.mark}]' if listing.mark else ''}"
+        indent = " " * (listing.depth + 1)
+        for entry in listing.entries:
+            if entry.is_symlink():
+                yield f"{indent}{printable(entry.name)} [symlink]"
+            elif not entry.is_dir(follow_symlinks=False):
+                yield indent + printable(entry.name)
+
+
+# -------------------------------------------------------------------------------------------------- text of files
+
+# Not encodings of text, or with decoders that need quadratic time.
+NOT_TEXT = frozenset({"idna", "punycode", "unicode_escape", "raw_unicode_escape", "undefined"})
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Which part of a text is wanted: `head` or `tail` lines, `offset` lines and then `column` characters skipped."""
+
+    head: int = 0
+    tail: int = 0
+    offset: int = 0
+    column: int = 0
+
+    def whole(self) -> bool:
+        """Whether no part was asked for."""
+        return not (self.head or self.tail or self.offset or self.column)
+
+
+def end_of_lines(text: AnyStr, newline: AnyStr, lines: int) -> int:
+    """Where the first `lines` lines end, or the length of a text that has fewer."""
+    end = 0
+    for _ in range(lines):
+        found = text.find(newline, end)
+        if found < 0:
+            return len(text)
+        end = found + 1
+    return end
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a text; when it was cut, the fact to tell and the arguments that continue."""
+
+    text: str
+    fact: str = ""
+    resume: dict[str, object] = field(default_factory=dict[str, object])
+
+    def __str__(self) -> str:
+        return self.text + (trailer(self.fact, **self.resume) if self.fact else "")
+
+
+class Text:
+    """A file as text: opened once, scanned in chunks, so that any part of a file of any size takes little memory."""
+
+    def __init__(self, fd: int, size: int, shown: str, encoding: str, max_size: int, work: Work) -> None:
+        self.shown = shown
+        self.encoding = encoding
+        self.max_size = max_size
+        self.work = work
+        self.size = size
+        self.source: BinaryIO = open(fd, "rb", buffering=0)  # noqa: SIM115 - closed by close()
+
+    def prepare(self, wanted: Slice) -> None:
+        """Check the encoding and the size before anything is returned. Raises ToolError."""
+        try:
+            newline = "\n".encode(self.encoding)
+            if codecs.lookup(self.encoding).name in NOT_TEXT:
+                raise LookupError
+        except (LookupError, ValueError):
+            raise ToolError(
+                f"unknown text encoding: {self.encoding[:40]}; use utf-8, utf-16, latin-1, cp1252 or another"
+            ) from None
+        # Lines can be found in the bytes only where a newline is a byte of its own; UTF-16 is converted as a whole.
+        convert = newline != b"\n"
+        if self.size > self.max_size and (wanted.whole() or convert):
+            raise ToolError(
+                f"{self.shown} has {self.size} bytes, more than max_size={self.max_size};"
+                + (" raise max_size" if convert else " read a part with head, tail or offset, or raise max_size")
+            )
+        if self.size == 0 or convert:  # size 0: files in /proc have content all the same
+            data = self.source.read(self.max_size + 1) or b""
+            if len(data) > self.max_size:
+                raise ToolError(f"{self.shown} has more than max_size={self.max_size} bytes; raise max_size")
+            if convert:
+                data = self.decode(data, 0, final=True).encode("utf-8", "surrogatepass")
+                self.encoding = "utf-8"
+            self.source.close()
+            self.source, self.size = io.BytesIO(data), len(data)
+        elif codecs.lookup(self.encoding).name == "utf-8":
+            self.refuse_binary(self.read(0, 8192))
+        self.newline_counted = self.size <= self.max_size
+
+    def refuse_binary(self, data: bytes) -> None:
+        """Text in UTF-8 has no NUL bytes; a UTF-16 file starts with a mark that names it."""
+        if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            raise ToolError(f'{self.shown} is not utf-8: it starts with a UTF-16 mark; pass encoding="utf-16"')
+        if b"\0" in data:
+            raise ToolError(
+                f"{self.shown} looks binary (it has NUL bytes); use read_media_file or get_file_info,"
+                ' or pass encoding="latin-1" to see every byte as a character'
+            )
+
+    def close(self) -> None:
+        """Close the file."""
+        self.source.close()
+
+    def read(self, position: int, count: int) -> bytes:
+        """`count` bytes at `position`, fewer only at the end of the file."""
+        if self.work.over():
+            raise ToolError(f"{self.shown} is too large to scan in {WALK_LIMIT:g} s; use tail, or a smaller offset")
+        self.source.seek(position)
+        return self.source.read(count) or b""
+
+    def decode(self, data: bytes, position: int, *, final: bool) -> str:
+        """Bytes as text, never with replacement characters. Raises ToolError that names the byte and a way out."""
+        try:
+            return codecs.getincrementaldecoder(self.encoding)("strict").decode(data, final)
+        except UnicodeError as exc:
+            at = position + exc.start if isinstance(exc, UnicodeDecodeError) else position
+            byte = f"byte 0x{data[at - position]:02x} at position {at}" if at - position < len(data) else "its end"
+            raise ToolError(
+                f'{self.shown} is not valid {self.encoding} ({byte}); pass its encoding, such as "cp1252" or "utf-16",'
+                ' or "latin-1", which decodes anything'
+            ) from None
+
+    def count_lines(self) -> int:
+        """How many lines the file has; a last line without a newline counts."""
+        newlines, last = 0, b"\n"
+        for position in range(0, self.size, CHUNK):
+            chunk = self.read(position, CHUNK)
+            newlines, last = newlines + chunk.count(b"\n"), chunk[-1:]
+        return newlines + (last != b"\n")
+
+    def start_of_line(self, offset: int) -> int:
+        """The position of the first byte after `offset` lines. Raises ToolError past the end."""
+        missing = offset
+        for position in range(0, self.size, CHUNK):
+            chunk = self.read(position, CHUNK) if missing else b""
+            newlines = chunk.count(b"\n")
+            if newlines >= missing:
+                inside = end_of_lines(chunk, b"\n", missing) if missing else 0
+                if position + inside < self.size:
+                    return position + inside
+                break
+            missing -= newlines
+        if offset:
+            raise ToolError(
+                f"offset={offset} is past the end of {self.shown}, which has {self.count_lines()} lines;"
+                " use a smaller offset"
+            )
+        return 0
+
+    def start_of_tail(self, tail: int) -> tuple[int, int]:
+        """Where the last `tail` lines start, and how many there are: fewer in a shorter file. Reads backwards."""
+        newlines = 0
+        # A newline at the very end ends the last line and starts none.
+        end = self.size - (self.size > 0 and self.read(self.size - 1, 1) == b"\n")
+        while end > 0:
+            position = max(0, end - CHUNK)
+            chunk = self.read(position, end - position)
+            here = chunk.count(b"\n")
+            if newlines + here >= tail:
+                at = len(chunk)
+                for _ in range(tail - newlines):
+                    at = chunk.rfind(b"\n", 0, at)
+                return position + at + 1, tail
+            newlines, end = newlines + here, position
+        return 0, newlines + 1
+
+    def skip_column(self, position: int, column: int) -> int:
+        """The position `column` characters after `position`."""
+        while column:
+            window = self.read(position, min(4 * column, CHUNK) + 4)
+            text = self.decode(window, position, final=False)[:column]
+            if not text:
+                raise ToolError(f"column={column} more than {self.shown} has; use a smaller column")
+            column -= len(text)
+            position += len(text.encode(self.encoding))
+        return position
+
+    def part(self, wanted: Slice, max_output: int) -> Part:
+        """The wanted part, or as much of it as fits in `max_output` characters."""
+        if self.size == 0:
+            return Part("[the file is empty]")
+        lines = wanted.head
+        if wanted.tail:
+            start, lines = self.start_of_tail(wanted.tail)
+        else:
+            start = self.start_of_line(wanted.offset)
+        start = self.skip_column(start, wanted.column)
+        # No character takes more than four bytes, so this is enough, and a page of a huge file stays a small read.
+        data = self.read(start, 4 * max_output if max_output else self.max_size)
+        if codecs.lookup(self.encoding).name == "utf-8":
+            self.refuse_binary(data)
+        at_end = start + len(data) >= self.size
+        text = self.decode(data, start, final=at_end)
+        end = end_of_lines(text, "\n", lines) if lines else len(text)
+        complete = at_end or (lines and text.count("\n", 0, end) == lines)
+        limit = max_output or len(text)
+        return Part(text[:end]) if complete and end <= limit else self.cut(wanted, lines, text[: min(end, limit)])
+
+    def cut(self, wanted: Slice, lines: int, text: str) -> Part:
+        """End a text at its last whole line; a line that is longer than a whole result is cut inside."""
+        shown = text[: text.rfind("\n") + 1]
+        count = shown.count("\n")
+        if wanted.tail:
+            resume: dict[str, object] = {"tail": lines - count}
+            fact = f"lines 1-{count} of the last {lines} shown"
+        else:
+            resume = {"offset": wanted.offset + count}
+            if lines:
+                resume["head"] = lines - count
+            of = f" of {self.count_lines()}" if self.size <= self.max_size else ""
+            fact = f"lines {wanted.offset + 1}-{wanted.offset + count}{of} shown"
+        if shown:
+            return Part(shown, fact, resume)
+        until = wanted.column + len(text)
+        return Part(
+            f"{text}\n", f"characters {wanted.column + 1}-{until} of one long line shown", resume | {"column": until}
+        )
+
+
+def read_part(
+    files: Files, path: str, encoding: str, max_size: int, wanted: Slice, max_output: int, work: Work
+) -> Part:
+    """What `read_file` answers. Raises ToolError."""
+    fd, info = files.open(path)
+    text = Text(fd, info.st_size, printable(path), encoding, max_size, work)
+    try:
+        with explained(text.shown):
+            text.prepare(wanted)
+            return text.part(wanted, max_output)
+    finally:
+        text.close()
+
+
+def read_parts(files: Files, paths: Sequence[str], max_output: int, work: Work) -> str:
+    """What `read_multiple_files` answers: every file under a header, within one budget."""
+    parts: list[str] = []
+    used = 0
+    for number, path in enumerate(paths):
+        if parts and max_output and used >= max_output:
+            parts.append(trailer(f"files 1-{number} of {len(paths)} shown", paths=list(paths[number:])))
+            break
+        rest = max(1, max_output - used) if max_output else 0
+        try:
+            part = read_part(files, path, "utf-8", MAX_FILE, Slice(), rest, work)
+            if part.fact:
+                part = Part(part.text, f"{part.fact}, read_file has the rest", {"path": path} | part.resume)
+            text = str(part)
+        except ToolError as exc:
+            text = f"[error: {exc}]"
+        parts.append(f"==> {printable(path)} <==\n{text.removesuffix(chr(10))}")
+        used += len(parts[-1]) + 1
+    return "\n".join(parts)
+
+
+# -------------------------------------------------------------------------------------------------------- search
+
+
+@dataclass(frozen=True)
+class Query:
+    """What `search_text` looks for."""
+
+    pattern: str
+    regex: bool
+    ignore_case: bool
+    context: int
+
+    def needle(self) -> bytes:
+        """Bytes without which a file cannot match, so that most files are put aside without being decoded."""
+        return b"" if self.regex or self.ignore_case else self.pattern.encode("utf-8", "surrogatepass")
+
+    def predicate(self) -> Callable[[str], bool]:
+        """Whether a line matches. Raises ToolError."""
+        if "\n" in self.pattern and not self.regex:
+            raise ToolError("the pattern has a line break, but lines are searched one by one; search for one line")
+        if self.needle():
+            return lambda line: self.pattern in line
+        found = linear_regex(
+            ("(?i)" if self.ignore_case else "") + (self.pattern if self.regex else escape(self.pattern))
+        )
+        return lambda line: found(line[:MAX_REGEX_LINE])
+
+    def clip(self, line: str) -> str:
+        """A line as it is shown: a long one is cut around the match, and says so."""
+        if len(line) <= MAX_LINE:
+            return line
+        start = max(0, line.find(self.pattern) - MAX_LINE // 4)
+        end = start + MAX_LINE
+        before = f"[{start} characters]…" if start else ""
+        return before + line[start:end] + (f"…[{len(line) - end} characters]" if end < len(line) else "")
+
+
+def matches_in(data: bytes, name: str, query: Query, predicate: Callable[[str], bool]) -> Iterator[str]:
+    """Each match as `name:line:text`, with its context lines as `name-line-text`, every line once."""
+    lines = data.decode("utf-8", "backslashreplace").split("\n")
+    if not lines[-1]:
+        lines.pop()
+    found = [number for number, line in enumerate(lines) if predicate(line.removesuffix("\r"))]
+    printed = 0  # lines before this one have been given
+    for index, number in enumerate(found):
+        following = found[index + 1] if index + 1 < len(found) else len(lines)
+        first, last = max(printed, number - query.context), min(number + query.context, following - 1, len(lines) - 1)
+        group = ["--"] if query.context and printed and first > printed else []
+        for at in range(first, last + 1):
+            mark = ":" if at == number else "-"
+            group.append(f"{name}{mark}{at + 1}{mark}{query.clip(lines[at].removesuffix(chr(13)))}")
+        printed = last + 1
+        yield "\n".join(group)
+
+
+class TextSearch:
+    """Searches the files below a path for a text; `skipped` counts those it could not search, and why."""
+
+    def __init__(self, files: Files, path: str, query: Query, glob: str, work: Work) -> None:
+        self.skipped: Counter[str] = Counter()
+        self._files = files
+        self._located = files.sandbox.resolve(path)
+        self._query = query
+        self._predicate = query.predicate()
+        self._needle = query.needle()
+        self._wanted = glob_matcher(glob) if glob else None
+        self._walk = Walk(files, self._located, work, asked=glob)
+
+    def notes(self) -> list[str]:
+        """What was not searched, as facts for a trailer."""
+        return [f"skipped {count} {what}" for what, count in sorted((self.skipped + self._walk.skipped).items())]
+
+    def matches(self) -> Generator[str]:
+        """All matches, file by file. Raises ToolError."""
+        shown, start = self._located.shown, self._located.path
+        if self._located.parts and not stat.S_ISDIR(self._files.sandbox.stat(self._located).st_mode):
+            yield from self._in_file(*self._files.open(shown), shown)
+            return
+        for listing in self._walk.listings():
+            for entry in listing.entries:
+                if not entry.is_file(follow_symlinks=False):
+                    continue
+                relative = listing.prefix + entry.name
+                if self._wanted and not self._wanted(printable(relative)):
+                    continue
+                if self._files.is_secret(f"{start}/{relative}" if start else relative):
+                    self.skipped["secret files"] += 1
+                    continue
+                try:
+                    fd, info = open_file_at(listing.handle, entry.name)
+                except OSError:
+                    self.skipped["unreadable files"] += 1
+                    continue
+                yield from self._in_file(fd, info, joined(shown, relative))
+
+    def _in_file(self, fd: int, info: os.stat_result, name: str) -> Iterator[str]:
+        try:
+            if info.st_size > MAX_FILE:
+                self.skipped[f"files larger than {MAX_FILE} bytes"] += 1
+                return
+            data = os.read(fd, info.st_size or MAX_FILE)
+        except OSError:
+            self.skipped["unreadable files"] += 1
+            return
+        finally:
+            os.close(fd)
+        if b"\0" in data[:8192]:
+            self.skipped["binary files"] += 1
+        elif self._needle in data:
+            yield from matches_in(data, name, self._query, self._predicate)
+
+
+# -------------------------------------------------------------------------------------------------- info and media
+
+
+def file_info(files: Files, path: str) -> FileInfo:
+    """What `get_file_info` answers: for a symlink that stays inside, the file it leads to. Raises ToolError."""
+    itself = files.sandbox.resolve(path, follow_last=False)
+    info = files.sandbox.stat(itself)
+    target: str | None = None
+    if stat.S_ISLNK(info.st_mode):
+        target = "(outside the allowed directories)"
+        with suppress(ToolError):
+            located = files.sandbox.resolve(path)
+            info = files.sandbox.stat(located)
+            target = printable(os.path.join(located.root.path, *located.parts))
+    born = getattr(info, "st_birthtime", None)  # the systems that do not tell it have no honest substitute
+    return FileInfo(
+        path=itself.shown,
+        type=type_of(info.st_mode),
+        size=info.st_size,
+        modified=iso(info.st_mtime),
+        accessed=iso(info.st_atime),
+        created=None if born is None else iso(born),
+        permissions=stat.filemode(info.st_mode),
+        mime_type=mimetypes.guess_type(itself.shown)[0],
+        link_target=target,
+    )
+
+
+def read_media(files: Files, path: str) -> CallToolResult:
+    """What `read_media_file` answers. Raises ToolError."""
+    fd, info = files.open(path)
+    shown = printable(path)
+    with open(fd, "rb") as file, explained(shown):
+        data = file.read(MAX_FILE + 1)
+    if len(data) > MAX_FILE:
+        raise ToolError(
+            f"{shown} has {info.st_size} bytes, more than the {MAX_FILE} of a media file; ask for a smaller one"
+        )
+    mime = mimetypes.guess_type(shown)[0] or "application/octet-stream"
+    encoded = base64.b64encode(data).decode()
+    if mime.startswith("image/"):
+        return CallToolResult(content=[ImageContent(data=encoded, mime_type=mime)])
+    if mime.startswith("audio/"):
+        return CallToolResult(content=[AudioContent(data=encoded, mime_type=mime)])
+    blob = BlobResourceContents(uri=f"file:///{quote(shown.lstrip('/'))}", blob=encoded, mime_type=mime)
+    return CallToolResult(content=[EmbeddedResource(resource=blob)])
+
+
+# ---------------------------------------------------------------------------------------------------- the server
+
+Path_ = Annotated[str, Field(description="file or directory, relative or absolute", max_length=16_384)]
+Offset = Annotated[int, Field(description="entries to skip, to continue a cut result", ge=0, strict=True)]
+Exclude = Annotated[
+    list[str] | None,
+    Field(description="globs left out, besides .git, node_modules and the like; [] shows those too", max_length=100),
+]
+
+
+def build_server(
+    directories: Sequence[str | Path],
+    *,
+    deny: Sequence[str] = (),
+    allow_secrets: bool = False,
+    options: Options | None = None,
+) -> Server:
+    """The file server over existing `directories`; files that match a glob in `deny` are never opened.
+    Raises ConfigError."""
+    options = options or Options()
+    try:
+        files = Files(directories, deny, allow_secrets)
+    except ToolError as exc:
+        raise ConfigError(f"--deny: {exc}") from None
+    names = ", ".join(root.path for root in files.sandbox.roots)
+    server = Server("fs-server", f"Reads, lists, finds and searches the files in {names}, and nothing else.", options)
+    max_output = options.max_output
+
+    @server.tool(annotations=READ_ONLY, structured_output=False)
+    async def read_file(
+        ctx: Context[Any, Any],
+        path: Path_,
+        encoding: Annotated[str, Field(description="of the text", max_length=40)] = "utf-8",
+        max_size: Annotated[
+            int, Field(description="bytes: refuse a whole file above this", ge=1, le=100_000_000, strict=True)
+        ] = MAX_FILE,
+        head: Annotated[int, Field(description="first lines only (0: all), from offset on", ge=0, strict=True)] = 0,
+        tail: Annotated[int, Field(description="last lines only (0: all)", ge=0, strict=True)] = 0,
+        offset: Annotated[int, Field(description="lines to skip", ge=0, strict=True)] = 0,
+        column: Annotated[int, Field(description="characters to skip in the first line", ge=0, strict=True)] = 0,
+    ) -> str:
+        """Read a text file. Whole files up to max_size; head, tail and offset read part of a file of any size. A long
+        text is cut at a line, and its last line names the arguments that continue. Binary files and text in another
+        encoding are errors; read_media_file reads images and audio."""
+        if tail and (head or offset):
+            raise ToolError("tail cannot be combined with head or offset; give tail alone, or head and offset")
+        wanted = Slice(head, tail, offset, column)
+        return str(
+            await in_thread(ctx, lambda work: read_part(files, path, encoding, max_size, wanted, max_output, work))
+        )
+
+    @server.tool(annotations=READ_ONLY, structured_output=False)
+    async def read_media_file(ctx: Context[Any, Any], path: Path_) -> CallToolResult:
+        """Read an image or audio file, or any other file as a binary resource, with its MIME type. Up to 10 MB."""
+        return await in_thread(ctx, lambda _: read_media(files, path))
+
+    @server.tool(annotations=READ_ONLY, structured_output=False)
+    async def read_multiple_files(
+        ctx: Context[Any, Any],
+        paths: Annotated[list[str], Field(description="files, relative or absolute", min_length=1, max_length=100)],
+    ) -> str:
+        """Read several UTF-8 text files in one call, each under a header line. A file that cannot be read is reported
+        in its place and the others still come. All share one result's length; the last line says what is left."""
+        return await in_thread(ctx, lambda work: read_parts(files, paths, max_output, work))
+
+    @server.tool(annotations=READ_ONLY, structured_output=False)
+    async def list_directory(
+        ctx: Context[Any, Any],
+        path: Path_ = ".",
+        pattern: Annotated[str, Field(description="glob that names must match", max_length=1000)] = "*",
+        recursive: Annotated[bool, Field(description="also what is below", strict=True)] = False,
+        offset: Offset = 0,
+    ) -> str:
+        """List a directory: one JSON object a line with path, type, size in bytes and time of modification (UTC). Use
+        directory_tree for an overview. Recursive listings do not enter .git, node_modules and the like unless the
+        pattern names them."""
+
+        def listed(work: Work) -> str:
+            matches = glob_matcher(pattern)
+            walk = Walk(files, files.sandbox.resolve(path), work, asked=pattern)
+            with closing(walk.listings(MAX_DEPTH if recursive else 1)) as listings:
+                found: Iterable[tuple[Listing, os.DirEntry[str]]] = (
+                    (listing, entry)
+                    for listing in (listings if recursive else [next(listings)])
+                    for entry in listing.entries
+                    if matches(printable(listing.prefix + entry.name))
+                )
+                if not recursive:
+                    found = list(found)
+                render = partial(list_line, walk.shown)
+                return page(found, "entries", max_output=max_output, offset=offset, render=render, notes=walk.notes)
+
+        return await in_thread(ctx, listed)
+
+    @server.tool(annotations=READ_ONLY, structured_output=False)
+    async def directory_tree(
+        ctx: Context[Any, Any],
+        path: Path_ = ".",
+        max_depth: Annotated[int, Field(description="levels", ge=1, le=MAX_DEPTH, strict=True)] = MAX_DEPTH,
+        exclude_patterns: Exclude = None,
+        offset: Offset = 0,
+    ) -> str:
+        """Show the files and directories below a path as an indented tree: in each directory first its files, then its
+        subdirectories. Directories that were not entered are marked. For sizes and times use list_directory."""
+
+        def drawn(work: Work) -> str:
+            walk = Walk(files, files.sandbox.resolve(path), work, exclude_patterns)
+            with closing(tree_lines(walk, max_depth)) as lines:
+                return page(lines, "lines", max_output=max_output, offset=offset, notes=walk.notes)
+
+        return await in_thread(ctx, drawn)
+
+    @server.tool(annotations=READ_ONLY, structured_output=False)
+    async def search_files(
+        ctx: Context[Any, Any],
+        path: Path_,
+        pattern: Annotated[
+            str, Field(description="glob: *.py for names at any depth, src/**/*.ts for paths", max_length=1000)
+        ],
+        exclude_patterns: Exclude = None,
+        offset: Offset = 0,
+    ) -> str:
+        """Find files and directories below a path whose name matches a glob, one path a line. Knows *, ?, **, [a-z]
+        and {a,b}; case matters. To search in the text of files use search_text."""
+
+        def found(work: Work) -> str:
+            matches = glob_matcher(pattern)
+            walk = Walk(files, files.sandbox.resolve(path), work, exclude_patterns, asked=pattern)
+            with closing(walk.listings()) as listings:
+                paths = (
+                    joined(walk.shown, listing.prefix + entry.name)
+                    for listing in listings
+                    for entry in listing.entries
+                    if matches(printable(listing.prefix + entry.name))
+                )
+                return page(paths, "matches", max_output=max_output, offset=offset, notes=walk.notes)
+
+        return await in_thread(ctx, found)
+
+    @server.tool(annotations=READ_ONLY, structured_output=False)
+    async def search_text(
+        ctx: Context[Any, Any],
+        path: Path_,
+        pattern: Annotated[str, Field(description="text, or a regular expression", min_length=1, max_length=1000)],
+        regex: Annotated[bool, Field(description="Rust syntax: no look-around", strict=True)] = False,
+        glob: Annotated[str, Field(description="search only files that match, such as *.py", max_length=1000)] = "",
+        ignore_case: Annotated[bool, Field(strict=True)] = False,
+        context: Annotated[int, Field(description="lines around a match", ge=0, le=20, strict=True)] = 0,
+        max_matches: Annotated[int, Field(ge=1, le=10_000, strict=True)] = 200,
+        offset: Annotated[int, Field(description="matches to skip", ge=0, strict=True)] = 0,
+    ) -> str:
+        """Search the lines of text files below a path (or of one file): file:line:text for each match. Long lines are
+        clipped. The last line says what was skipped: binary, secret and unreadable files, and those above 10 MB."""
+
+        def searched(work: Work) -> str:
+            search = TextSearch(files, path, Query(pattern, regex, ignore_case, context), glob, work)
+            with closing(search.matches()) as matches:
+                return page(
+                    matches, "matches", max_output=max_output, offset=offset, limit=max_matches, notes=search.notes
+                )
+
+        return await in_thread(ctx, searched)
+
+    @server.tool(annotations=READ_ONLY)
+    async def get_file_info(ctx: Context[Any, Any], path: Path_) -> FileInfo:
+        """Tell a file's or directory's type, size, times (UTC), permissions and MIME type; for a symlink those of its
+        target, and where it leads."""
+        return await in_thread(ctx, lambda _: file_info(files, path))
+
+    @server.tool(annotations=READ_ONLY)
+    async def list_allowed_directories() -> AllowedDirectories:
+        """List the directories that this server may read. Relative paths are looked up in each of them in turn."""
+        return AllowedDirectories(directories=[printable(root.path) for root in files.sandbox.roots])
+
+    return server
+
+
+# ------------------------------------------------------------------------------------------------------------ main
+
+
+def main() -> None:
+    """The command line: `fs_server.py DIR [DIR ...]`."""
+    parser = argument_parser("fs-server", "Serve the files of directories to a language model over MCP, read-only.")
+    parser.add_argument("directories", nargs="+", metavar="DIR", help="a directory that the model may read")
+    parser.add_argument("--allow-secrets", action="store_true", help="also open .env files, private keys and the like")
+    parser.add_argument("--deny", action="append", default=[], metavar="GLOB", help="never open files that match")
+    serve(
+        parser,
+        lambda args, options: build_server(
+            args.directories, deny=args.deny, allow_secrets=args.allow_secrets, options=options
+        ),
+    )
+
+
+if __name__ == "__main__":
+    main()
