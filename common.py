@@ -5,6 +5,13 @@ a server that checks, bounds and records every tool call, and the command line. 
 databases or HTTP APIs as such, and nothing here is imported that one of the servers does not need.
 """
 
+# ruff: noqa: E402 - the garbage collector is stopped before the SDK is imported, so imports come after it
+
+import gc
+
+# Importing the SDK makes 120,000 objects that all stay; looking for garbage among them is a sixth of the start-up.
+gc.disable()
+
 import argparse
 import asyncio
 import errno
@@ -30,6 +37,9 @@ from mcp.server.mcpserver import Context
 from mcp.server.mcpserver.exceptions import ToolError, UnexpectedToolError
 from mcp_types import CallToolResult, TextContent, Tool, ToolAnnotations
 from pydantic import ValidationError
+
+gc.freeze()
+gc.enable()
 
 __version__ = "0.1.0"
 

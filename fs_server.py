@@ -34,12 +34,6 @@ from typing import Annotated, Any, AnyStr, BinaryIO, TypeVar
 from urllib.parse import quote
 
 import anyio.to_thread
-from mcp.server.mcpserver import Context
-from mcp.server.mcpserver.exceptions import ToolError
-from mcp_types import AudioContent, BlobResourceContents, CallToolResult, EmbeddedResource, ImageContent
-from pydantic import BaseModel, Field
-from pydantic_core import SchemaError, SchemaValidator, core_schema
-
 from common import (
     READ_ONLY,
     ConfigError,
@@ -58,6 +52,11 @@ from common import (
     serve,
     trailer,
 )
+from mcp.server.mcpserver import Context
+from mcp.server.mcpserver.exceptions import ToolError
+from mcp_types import AudioContent, BlobResourceContents, CallToolResult, EmbeddedResource, ImageContent
+from pydantic import BaseModel, Field
+from pydantic_core import SchemaError, SchemaValidator, core_schema
 
 # -------------------------------------------------------------------------------------------------------- limits
 
