@@ -30,7 +30,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, AnyStr, BinaryIO, TypeVar
+from typing import Annotated, Any, BinaryIO, TypeVar
 from urllib.parse import quote
 
 import anyio.to_thread
@@ -270,8 +270,9 @@ class Walk:
         self._junk = frozenset[str]() if exclude == [] else JUNK - set(re.split(r"[/{},]", asked))
 
     def notes(self) -> list[str]:
-        """What was skipped, as facts for a trailer."""
-        return [f"skipped {count} {what}" for what, count in sorted(self.skipped.items())]
+        """What was left out, as facts for a trailer."""
+        late = [f"stopped after {WALK_LIMIT:g} s: give a narrower path or glob"] if self._work.over() else []
+        return late + [f"skipped {count} {what}" for what, count in sorted(self.skipped.items())]
 
     def _list(self, handle: Handle, prefix: str, depth: int) -> Listing:
         with os.scandir(handle) as found:
@@ -298,7 +299,6 @@ class Walk:
                     close_handle(parent.handle)
                     continue
                 if self._work.over():
-                    self.skipped[f"directories that {WALK_LIMIT:g} s did not suffice for: give a narrower path"] += 1
                     return
                 listing = self._enter(parent, entry.name, max_depth)
                 if not listing.mark:
@@ -401,13 +401,13 @@ class Slice:
         return not (self.head or self.tail or self.offset or self.column)
 
 
-def end_of_lines(text: AnyStr, newline: AnyStr, lines: int) -> int:
-    """Where the first `lines` lines end, or the length of a text that has fewer."""
+def end_of_lines(data: bytes, lines: int) -> int:
+    """Where the first `lines` lines end, or the length of data that has fewer."""
     end = 0
     for _ in range(lines):
-        found = text.find(newline, end)
+        found = data.find(b"\n", end)
         if found < 0:
-            return len(text)
+            return len(data)
         end = found + 1
     return end
 
@@ -488,6 +488,8 @@ class Text:
 
     def decode(self, data: bytes, position: int, *, final: bool) -> str:
         """Bytes as text, never with replacement characters. Raises ToolError that names the byte and a way out."""
+        if codecs.lookup(self.encoding).name == "utf-8":
+            self.refuse_binary(data)
         try:
             return codecs.getincrementaldecoder(self.encoding)("strict").decode(data, final)
         except UnicodeError as exc:
@@ -513,7 +515,7 @@ class Text:
             chunk = self.read(position, CHUNK) if missing else b""
             newlines = chunk.count(b"\n")
             if newlines >= missing:
-                inside = end_of_lines(chunk, b"\n", missing) if missing else 0
+                inside = end_of_lines(chunk, missing) if missing else 0
                 if position + inside < self.size:
                     return position + inside
                 break
@@ -563,21 +565,17 @@ class Text:
         else:
             start = self.start_of_line(wanted.offset)
         start = self.skip_column(start, wanted.column)
-        # No character takes more than four bytes, so this is enough, and a page of a huge file stays a small read.
-        data = self.read(start, 4 * max_output if max_output else self.max_size)
-        if codecs.lookup(self.encoding).name == "utf-8":
-            self.refuse_binary(data)
-        at_end = start + len(data) >= self.size
-        text = self.decode(data, start, final=at_end)
-        end = end_of_lines(text, "\n", lines) if lines else len(text)
-        complete = at_end or (lines and text.count("\n", 0, end) == lines)
-        limit = max_output or len(text)
-        return Part(text[:end]) if complete and end <= limit else self.cut(wanted, lines, text[: min(end, limit)])
+        data = self.read(start, max(max_output, 16) if max_output else self.max_size)
+        end = end_of_lines(data, lines) if lines else len(data)
+        if start + len(data) >= self.size or (lines and data.count(b"\n", 0, end) == lines):
+            return Part(self.decode(data[:end], start, final=True))
+        return self.cut(wanted, lines, start, data)
 
-    def cut(self, wanted: Slice, lines: int, text: str) -> Part:
-        """End a text at its last whole line; a line that is longer than a whole result is cut inside."""
-        shown = text[: text.rfind("\n") + 1]
-        count = shown.count("\n")
+    def cut(self, wanted: Slice, lines: int, start: int, data: bytes) -> Part:
+        """End at the last whole line; a line that is longer than a whole result is cut inside."""
+        end = data.rfind(b"\n") + 1
+        text = self.decode(data[:end] or data, start, final=bool(end))
+        count = data.count(b"\n")
         if wanted.tail:
             resume: dict[str, object] = {"tail": lines - count}
             fact = f"lines 1-{count} of the last {lines} shown"
@@ -587,12 +585,11 @@ class Text:
                 resume["head"] = lines - count
             of = f" of {self.count_lines()}" if self.size <= self.max_size else ""
             fact = f"lines {wanted.offset + 1}-{wanted.offset + count}{of} shown"
-        if shown:
-            return Part(shown, fact, resume)
+        if end:
+            return Part(text, fact, resume)
         until = wanted.column + len(text)
-        return Part(
-            f"{text}\n", f"characters {wanted.column + 1}-{until} of one long line shown", resume | {"column": until}
-        )
+        fact = f"characters {wanted.column + 1}-{until} of one long line shown"
+        return Part(f"{text}\n", fact, resume | {"column": until})
 
 
 def read_part(
@@ -646,8 +643,8 @@ class Query:
         """Bytes without which a file cannot match, so that most files are put aside without being decoded."""
         return b"" if self.regex or self.ignore_case else self.pattern.encode("utf-8", "surrogatepass")
 
-    def predicate(self) -> Callable[[str], bool]:
-        """Whether a line matches. Raises ToolError."""
+    def predicate(self, work: Work) -> Callable[[str], bool]:
+        """Whether a line matches; none does any more when the work's time is up. Raises ToolError."""
         if "\n" in self.pattern and not self.regex:
             raise ToolError("the pattern has a line break, but lines are searched one by one; search for one line")
         if self.needle():
@@ -655,7 +652,7 @@ class Query:
         found = linear_regex(
             ("(?i)" if self.ignore_case else "") + (self.pattern if self.regex else escape(self.pattern))
         )
-        return lambda line: found(line[:MAX_REGEX_LINE])
+        return lambda line: not work.over() and found(line[:MAX_REGEX_LINE])
 
     def clip(self, line: str) -> str:
         """A line as it is shown: a long one is cut around the match, and says so."""
@@ -689,18 +686,16 @@ class TextSearch:
     """Searches the files below a path for a text; `skipped` counts those it could not search, and why."""
 
     def __init__(self, files: Files, path: str, query: Query, glob: str, work: Work) -> None:
-        self.skipped: Counter[str] = Counter()
         self._files = files
+        self._work = work
         self._located = files.sandbox.resolve(path)
         self._query = query
-        self._predicate = query.predicate()
+        self._predicate = query.predicate(work)
         self._needle = query.needle()
         self._wanted = glob_matcher(glob) if glob else None
         self._walk = Walk(files, self._located, work, asked=glob)
-
-    def notes(self) -> list[str]:
-        """What was not searched, as facts for a trailer."""
-        return [f"skipped {count} {what}" for what, count in sorted((self.skipped + self._walk.skipped).items())]
+        self.skipped = self._walk.skipped
+        self.notes = self._walk.notes
 
     def matches(self) -> Generator[str]:
         """All matches, file by file. Raises ToolError."""
@@ -710,6 +705,8 @@ class TextSearch:
             return
         for listing in self._walk.listings():
             for entry in listing.entries:
+                if self._work.over():
+                    return
                 if not entry.is_file(follow_symlinks=False):
                     continue
                 relative = listing.prefix + entry.name

@@ -1,0 +1,242 @@
+"""The servers as real processes over stdio: races, floods, cancellation, start and end."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from conftest import PROJECT, Stdio
+
+Start = Callable[..., Stdio]
+
+# Half a second a line, about the worst that the linear regex engine can be made to take.
+SLOW_PATTERN = "(?i)(?:[a-zé]{1,100}){1,40}Z"
+SLOW_LINE = b"a" * 9_999 + b"\n"
+
+SWAPPER = """
+import os, sys
+os.chdir(sys.argv[1])
+while True:
+    try:
+        os.rename("dir", "real"); os.symlink(sys.argv[2], "dir")
+        os.unlink("dir"); os.rename("real", "dir")
+        os.rename("file", "kept"); os.symlink(sys.argv[2] + "/secret.txt", "file")
+        os.unlink("file"); os.rename("kept", "file")
+    except OSError:
+        pass
+"""
+
+
+def test_nothing_leaks_while_another_process_swaps_directories_for_symlinks(tmp_path: Path, stdio: Start) -> None:
+    root, outside = tmp_path / "root", tmp_path / "outside"
+    for directory, text in ((root / "dir" / "inner", "inside"), (outside / "inner", "OUTSIDE")):
+        directory.mkdir(parents=True)
+        for name in ("secret.txt", "inner/secret.txt"):
+            (directory.parent / name).write_text(text)
+        (directory / "OUT.txt" if text == "OUTSIDE" else directory / "in.txt").touch()
+    (root / "file").write_text("inside")
+    with (outside / "big.txt").open("wb") as file:
+        file.truncate(987_654_321)
+    calls: list[tuple[str, dict[str, object]]] = [
+        ("read_file", {"path": "dir/secret.txt"}),
+        ("read_file", {"path": "dir/inner/secret.txt"}),
+        ("read_file", {"path": "file"}),
+        ("list_directory", {"path": "dir"}),
+        ("list_directory", {"path": ".", "recursive": True}),
+        ("directory_tree", {"path": "."}),
+        ("search_files", {"path": "dir", "pattern": "**"}),
+        ("search_text", {"path": ".", "pattern": "SIDE", "ignore_case": True}),
+        ("get_file_info", {"path": "dir/big.txt"}),
+        ("read_media_file", {"path": "dir/secret.txt"}),
+    ]
+    server = stdio("fs_server.py", str(root))
+    answered: dict[str, int] = {"ok": 0, "refused": 0}
+
+    def read() -> None:
+        for _ in range(20_000):
+            line = server.process.stdout.readline()  # pyright: ignore[reportOptionalMemberAccess]
+            for leak in (b"OUTSIDE", b"OUT.txt", b'big.txt\\",\\"type', b"987654321", b"T1VUU0lERQ=="):
+                assert leak not in line, line
+            answered["refused" if b'"isError":true' in line else "ok"] += 1
+
+    swapper = subprocess.Popen([sys.executable, "-c", SWAPPER, str(root), str(outside)])
+    reader = threading.Thread(target=read)
+    reader.start()
+    try:
+        choose = random.Random(1)
+        for _ in range(20_000):
+            tool, arguments = choose.choice(calls)
+            server.start(tool, **arguments)
+        reader.join(120)
+        assert sum(answered.values()) == 20_000
+    finally:
+        swapper.kill()
+        swapper.wait()
+    assert min(answered.values()) > 100, answered  # both sides of the race were met
+
+
+def test_two_hundred_thousand_entries(tmp_path: Path, stdio: Start) -> None:
+    fd = os.open(tmp_path, os.O_RDONLY)
+    for number in range(200_000):
+        os.mknod(f"entry{number:06}", dir_fd=fd)
+    os.close(fd)
+    server = stdio("fs_server.py", str(tmp_path))
+    before = server.memory()
+    text = server.text("list_directory", path=".")
+    assert text.endswith(" of 200000 shown; continue with offset=" + str(text.count("\n")) + "]")
+    last = server.text("list_directory", path=".", offset=199_999)
+    assert json.loads(last)["path"] == "./entry199999"
+    assert len(server.text("directory_tree", path=".")) < 41_000
+    assert server.text("search_files", path=".", pattern="entry1999[89]9").count("\n") == 1
+    assert "no matches" in server.text("search_text", path=".", pattern="x")
+    assert server.memory() - before < 120_000_000
+
+
+def test_huge_files_are_read_in_parts_with_flat_memory(tmp_path: Path, stdio: Start) -> None:
+    with (tmp_path / "sparse").open("wb") as file:
+        file.truncate(5 << 30)
+    with (tmp_path / "log").open("wb") as file:  # 10 GB, of which the disk holds only the two ends
+        file.write(b"".join(b"first %d\n" % n for n in range(100_000)))
+        file.seek(10 << 30)
+        file.write(b"\n" + b"".join(b"last %d\n" % n for n in range(100_000)))
+    with (tmp_path / "words").open("wb") as file:
+        for _ in range(10):
+            file.write(b"word\n" * 2_000_000)
+    server = stdio("fs_server.py", str(tmp_path))
+    before = server.memory()
+    for arguments in ({}, {"head": 3}, {"tail": 3}, {"offset": 3}):
+        result = server.call("read_file", path="sparse", **arguments)
+        assert result["isError"], result
+    assert "5368709120 bytes" in server.call("read_file", path="sparse")["content"][0]["text"]
+    assert "binary" in server.call("read_file", path="sparse", tail=3)["content"][0]["text"]
+    assert server.text("read_file", path="log", tail=2) == "last 99998\nlast 99999\n"
+    assert server.text("read_file", path="log", head=2) == "first 0\nfirst 1\n"
+    assert server.text("read_file", path="log", offset=90_000, head=1) == "first 90000\n"
+    assert "binary" in server.call("read_file", path="log", offset=100_000)["content"][0]["text"]
+    assert server.text("read_file", path="words", offset=19_999_999) == "word\n"
+    assert server.text("read_file", path="words", offset=10_000_000, head=10) == "word\n" * 10
+    assert "larger than" in server.text("search_text", path=".", pattern="word")
+    assert server.memory() - before < 60_000_000
+
+
+def test_other_calls_are_answered_while_a_walk_runs_and_a_cancelled_one_stops(tmp_path: Path, stdio: Start) -> None:
+    (tmp_path / "small.txt").write_text("hello")
+    for number in range(20):
+        (tmp_path / f"f{number}").write_bytes(SLOW_LINE * 20)
+    server = stdio("fs_server.py", str(tmp_path))
+    slow = {"path": ".", "pattern": SLOW_PATTERN, "regex": True}
+    running = server.start("search_text", **slow)
+    first = server.start("read_file", path="small.txt")
+    message = server.receive()  # the quick one overtakes the slow one
+    assert message["id"] == first
+    server.send("notifications/cancelled", {"requestId": running}, notification=True)
+    server.text("read_file", path="small.txt")
+
+    def cpu() -> float:
+        fields = Path(f"/proc/{server.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    time.sleep(0.5)  # what was under way ends at its next check
+    used = cpu()
+    time.sleep(1)
+    assert cpu() - used < 0.2
+
+
+def test_progress_is_reported_to_a_client_that_asked_for_it(tmp_path: Path, stdio: Start) -> None:
+    for number in range(6):
+        (tmp_path / f"d{number}").mkdir()
+        (tmp_path / f"d{number}" / "f").write_bytes(SLOW_LINE)
+    server = stdio("fs_server.py", str(tmp_path))
+    arguments = {"path": ".", "pattern": SLOW_PATTERN, "regex": True}
+    number = server.send("tools/call", {"name": "search_text", "arguments": arguments, "_meta": {"progressToken": "p"}})
+    told: list[float] = []
+    while (message := server.receive()).get("id") != number:
+        if message["method"] == "notifications/progress":
+            assert message["params"]["progressToken"] == "p"
+            told.append(message["params"]["progress"])
+    assert told
+    assert told == sorted(set(told))
+
+
+def test_a_walk_that_takes_too_long_answers_with_what_it_has(tmp_path: Path, stdio: Start) -> None:
+    for number in range(60):
+        (tmp_path / f"d{number:02}").mkdir()
+        (tmp_path / f"d{number:02}" / "f").write_bytes(SLOW_LINE * 20)
+    (tmp_path / "d00" / "found").write_text("abZ\n")
+    server = stdio("fs_server.py", str(tmp_path))
+    started = time.monotonic()
+    text = server.text("search_text", path=".", pattern=SLOW_PATTERN, regex=True)
+    assert time.monotonic() - started < 30
+    assert "narrower path" in text
+
+
+def test_closing_stdin_ends_the_process_also_while_a_walk_runs(tmp_path: Path, stdio: Start) -> None:
+    (tmp_path / "f").write_bytes(SLOW_LINE * 20)
+    server = stdio("fs_server.py", str(tmp_path))
+    server.start("search_text", path=".", pattern=SLOW_PATTERN, regex=True)
+    server.start("read_file", path="f", head=1)
+    server.receive()
+    started = time.monotonic()
+    assert server.close() == 0
+    assert time.monotonic() - started < 3  # a second, and slack for a busy machine
+
+
+def test_garbage_on_stdin_does_not_end_the_server(tmp_path: Path, stdio: Start) -> None:
+    (tmp_path / "a").write_text("fine")
+    server = stdio("fs_server.py", str(tmp_path), stderr=subprocess.DEVNULL)
+    assert server.process.stdin
+    for line in (
+        b"\n",
+        b"{}\n",
+        b"[]\n",
+        b"nonsense\n",
+        b"\xff\xfe\n",
+        b'{"jsonrpc":"2.0","id":1}\n',
+        b"[" * 5000 + b"\n",
+    ):
+        server.process.stdin.write(line)
+    assert server.text("read_file", path="a") == "fine"
+
+
+def test_nothing_but_the_protocol_is_on_stdout(tmp_path: Path, stdio: Start) -> None:
+    server = stdio("fs_server.py", str(tmp_path))
+    for tool in ("read_file", "no_such_tool", "list_directory"):
+        assert server.call(tool, path="x")["isError"]
+    server.process.stdin.close()  # pyright: ignore[reportOptionalMemberAccess]
+    assert server.process.stdout
+    assert server.process.stdout.read() == b""
+
+
+def test_unreadable_entries_are_reported_and_do_not_end_a_walk(tmp_path: Path) -> None:
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open" / "a.txt").write_text("needle")
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "closed.txt").write_text("needle")
+    (tmp_path / "closed").chmod(0)
+    (tmp_path / "closed.txt").chmod(0)
+    for parent in (tmp_path, *tmp_path.parents):
+        if parent != Path("/tmp") and parent != Path("/"):
+            parent.chmod(parent.stat().st_mode | 0o055)
+
+    become_nobody = "os.setresuid(65534, 65534, 65534) if os.geteuid() == 0 else None"
+    script = f"import os, sys; import fs_server; {become_nobody}; sys.argv = sys.argv[1:]; fs_server.main()"
+
+    def call(*words: str) -> tuple[int, str]:
+        command = [sys.executable, "-c", script, "fs_server.py", str(tmp_path), "--call", *words]
+        done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False)
+        return done.returncode, done.stdout + done.stderr
+
+    assert call("read_file", "path=closed.txt") == (
+        1,
+        "permission denied: closed.txt; the server's user may not read it, choose another path\n",
+    )
+    code, tree = call("directory_tree", "path=.")
+    assert (code, " closed/ [unreadable]" in tree, "  a.txt" in tree) == (0, True, True)
+    code, found = call("search_text", "path=.", "pattern=needle")
+    assert found == "./open/a.txt:1:needle\n[skipped 1 unreadable directories; skipped 1 unreadable files]\n"
+    (tmp_path / "closed").chmod(0o755)
