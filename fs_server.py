@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Annotated, Any, BinaryIO, TypeVar
 from urllib.parse import quote
 
+import anyio
 import anyio.to_thread
 from common import (
     READ_ONLY,
@@ -101,6 +102,182 @@ class AllowedDirectories(BaseModel):
     """What `list_allowed_directories` returns."""
 
     directories: list[str]
+
+
+# ----------------------------------------------------------------------------------------------------- the tools
+#
+# What the model sees. Each tool checks its arguments, calls one of the functions below it in this file, and returns.
+
+Path_ = Annotated[str, Field(description="file or directory, relative or absolute", max_length=16_384)]
+Offset = Annotated[int, Field(description="entries to skip, to continue a cut result", ge=0, strict=True)]
+Glob = Annotated[str, Field(max_length=1000)]
+Exclude = Annotated[
+    list[Glob] | None,
+    Field(description="globs left out, besides .git, node_modules and the like; [] shows those too", max_length=100),
+]
+
+
+def build_server(
+    directories: Sequence[str | Path],
+    *,
+    deny: Sequence[str] = (),
+    allow_secrets: bool = False,
+    options: Options | None = None,
+) -> Server:
+    """The file server over existing `directories`; files that match a glob in `deny` are never opened.
+    Raises ConfigError."""
+    options = options or Options()
+    try:
+        files = Files(directories, deny, allow_secrets)
+    except ToolError as exc:
+        raise ConfigError(f"--deny: {exc}") from None
+    names = ", ".join(root.path for root in files.sandbox.roots)
+    server = Server("fs-server", f"Reads, lists, finds and searches the files in {names}, and nothing else.", options)
+    max_output = options.max_output
+
+    @server.tool(annotations=READ_ONLY, structured_output=False)
+    async def read_file(
+        path: Path_,
+        encoding: Annotated[str, Field(description="of the text", max_length=40)] = "utf-8",
+        max_size: Annotated[
+            int, Field(description="bytes: refuse a whole file above this", ge=1, le=100_000_000, strict=True)
+        ] = MAX_FILE,
+        head: Annotated[int, Field(description="first lines only (0: all), from offset on", ge=0, strict=True)] = 0,
+        tail: Annotated[int, Field(description="last lines only (0: all)", ge=0, strict=True)] = 0,
+        offset: Annotated[int, Field(description="lines to skip", ge=0, strict=True)] = 0,
+        column: Annotated[int, Field(description="characters to skip in the first line", ge=0, strict=True)] = 0,
+    ) -> str:
+        """Read a text file. Whole files up to max_size; head, tail and offset read part of a file of any size. A long
+        text is cut at a line, and its last line names the arguments that continue. Binary files and text in another
+        encoding are errors; read_media_file reads images and audio."""
+        if tail and (head or offset):
+            raise ToolError("tail cannot be combined with head or offset; give tail alone, or head and offset")
+        wanted = Slice(head, tail, offset, column)
+        return str(await in_thread(lambda work: read_part(files, path, encoding, max_size, wanted, max_output, work)))
+
+    @server.tool(annotations=READ_ONLY, structured_output=False)
+    async def read_media_file(path: Path_) -> CallToolResult:
+        """Read an image or audio file, or any other file as a binary resource, with its MIME type. Up to 10 MB."""
+        return await in_thread(lambda _: read_media(files, path))
+
+    @server.tool(annotations=READ_ONLY, structured_output=False)
+    async def read_multiple_files(
+        paths: Annotated[list[Path_], Field(description="files", min_length=1, max_length=100)],
+    ) -> str:
+        """Read several UTF-8 text files in one call, each under a header line. A file that cannot be read is reported
+        in its place and the others still come. All share one result's length; the last line says what is left."""
+        return await in_thread(lambda work: read_parts(files, paths, max_output, work))
+
+    @server.tool(annotations=READ_ONLY, structured_output=False)
+    async def list_directory(
+        ctx: Context[Any, Any],
+        path: Path_ = ".",
+        pattern: Annotated[str, Field(description="glob that names must match", max_length=1000)] = "*",
+        recursive: Annotated[bool, Field(description="also what is below", strict=True)] = False,
+        offset: Offset = 0,
+    ) -> str:
+        """List a directory: one JSON object a line with path, type, size in bytes and time of modification (UTC). Use
+        directory_tree for an overview. Recursive listings do not enter .git, node_modules and the like unless the
+        pattern names them."""
+
+        def listed(work: Work) -> str:
+            matches = glob_matcher(pattern)
+            walk = Walk(files, files.sandbox.resolve(path), work, asked=pattern)
+            with closing(walk.listings(MAX_DEPTH if recursive else 1)) as listings:
+                found: Iterable[tuple[Listing, os.DirEntry[str]]] = (
+                    (listing, entry)
+                    for listing in (listings if recursive else [next(listings)])
+                    for entry in listing.entries
+                    if matches(printable(listing.prefix + entry.name))
+                )
+                if not recursive:
+                    found = list(found)
+                render = partial(list_line, walk.shown)
+                return page(found, "entries", max_output=max_output, offset=offset, render=render, notes=walk.notes)
+
+        return await walk_in_thread(ctx, listed)
+
+    @server.tool(annotations=READ_ONLY, structured_output=False)
+    async def directory_tree(
+        ctx: Context[Any, Any],
+        path: Path_ = ".",
+        max_depth: Annotated[int, Field(description="levels", ge=1, le=MAX_DEPTH, strict=True)] = MAX_DEPTH,
+        exclude_patterns: Exclude = None,
+        offset: Offset = 0,
+    ) -> str:
+        """Show the files and directories below a path as an indented tree: in each directory first its files, then its
+        subdirectories. Directories that were not entered are marked. For sizes and times use list_directory."""
+
+        def drawn(work: Work) -> str:
+            walk = Walk(files, files.sandbox.resolve(path), work, exclude_patterns)
+            with closing(tree_lines(walk, max_depth)) as lines:
+                return page(lines, "lines", max_output=max_output, offset=offset, notes=walk.notes)
+
+        return await walk_in_thread(ctx, drawn)
+
+    @server.tool(annotations=READ_ONLY, structured_output=False)
+    async def search_files(
+        ctx: Context[Any, Any],
+        path: Path_,
+        pattern: Annotated[
+            str, Field(description="glob: *.py for names at any depth, src/**/*.ts for paths", max_length=1000)
+        ],
+        exclude_patterns: Exclude = None,
+        offset: Offset = 0,
+    ) -> str:
+        """Find files and directories below a path whose name matches a glob, one path a line. Knows *, ?, **, [a-z]
+        and {a,b}; case matters. To search in the text of files use search_text."""
+
+        def found(work: Work) -> str:
+            matches = glob_matcher(pattern)
+            walk = Walk(files, files.sandbox.resolve(path), work, exclude_patterns, asked=pattern)
+            with closing(walk.listings()) as listings:
+                paths = (
+                    joined(walk.shown, listing.prefix + entry.name)
+                    for listing in listings
+                    for entry in listing.entries
+                    if matches(printable(listing.prefix + entry.name))
+                )
+                return page(paths, "matches", max_output=max_output, offset=offset, notes=walk.notes)
+
+        return await walk_in_thread(ctx, found)
+
+    @server.tool(annotations=READ_ONLY, structured_output=False)
+    async def search_text(
+        ctx: Context[Any, Any],
+        path: Path_,
+        pattern: Annotated[str, Field(description="text, or a regular expression", min_length=1, max_length=1000)],
+        regex: Annotated[bool, Field(description="Rust syntax: no look-around", strict=True)] = False,
+        glob: Annotated[str, Field(description="search only files that match, such as *.py", max_length=1000)] = "",
+        ignore_case: Annotated[bool, Field(strict=True)] = False,
+        context: Annotated[int, Field(description="lines around a match", ge=0, le=20, strict=True)] = 0,
+        max_matches: Annotated[int, Field(ge=1, le=10_000, strict=True)] = 200,
+        offset: Annotated[int, Field(description="matches to skip", ge=0, strict=True)] = 0,
+    ) -> str:
+        """Search the lines of text files below a path (or of one file): file:line:text for each match. Long lines are
+        clipped. The last line says what was skipped: binary, secret and unreadable files, and those above 10 MB."""
+
+        def searched(work: Work) -> str:
+            search = TextSearch(files, path, Query(pattern, regex, ignore_case, context), glob, work)
+            with closing(search.matches()) as matches:
+                return page(
+                    matches, "matches", max_output=max_output, offset=offset, limit=max_matches, notes=search.notes
+                )
+
+        return await walk_in_thread(ctx, searched)
+
+    @server.tool(annotations=READ_ONLY)
+    async def get_file_info(path: Path_) -> FileInfo:
+        """Tell a file's or directory's type, size, times (UTC), permissions and MIME type; for a symlink those of its
+        target, and where it leads."""
+        return await in_thread(lambda _: file_info(files, path))
+
+    @server.tool(annotations=READ_ONLY)
+    async def list_allowed_directories() -> AllowedDirectories:
+        """List the directories that this server may read. Relative paths are looked up in each of them in turn."""
+        return AllowedDirectories(directories=[printable(root.path) for root in files.sandbox.roots])
+
+    return server
 
 
 # ------------------------------------------------------------------------------------------------------ patterns
@@ -186,8 +363,20 @@ class Work:
         return self.cancelled or time.monotonic() > self.deadline
 
 
-async def in_thread(ctx: Context[Any, Any], function: Callable[[Work], T]) -> T:
-    """Run `function` in a worker thread, so that no disk makes another call wait; a cancelled call ends it.
+WALKERS = anyio.CapacityLimiter(4)
+
+
+async def in_thread(function: Callable[[Work], T]) -> T:
+    """Run `function` in a worker thread, so that no disk makes another call wait; a cancelled call ends it."""
+    work = Work()
+    try:
+        return await anyio.to_thread.run_sync(function, work, abandon_on_cancel=True)
+    finally:
+        work.cancelled = True
+
+
+async def walk_in_thread(ctx: Context[Any, Any], function: Callable[[Work], T]) -> T:
+    """The same for a walk: a few at a time, so that many slow ones leave threads and processor to the quick calls.
 
     A client that asked for progress is told five times a second how many entries were visited.
     """
@@ -204,7 +393,7 @@ async def in_thread(ctx: Context[Any, Any], function: Callable[[Work], T]) -> T:
     wants_progress = "progress_token" in (ctx.request_context.meta or {})
     reporter = asyncio.create_task(report()) if wants_progress else None
     try:
-        return await anyio.to_thread.run_sync(function, work, abandon_on_cancel=True)
+        return await anyio.to_thread.run_sync(function, work, abandon_on_cancel=True, limiter=WALKERS)
     finally:
         work.cancelled = True
         if reporter:
@@ -785,183 +974,6 @@ def read_media(files: Files, path: str) -> CallToolResult:
         return CallToolResult(content=[AudioContent(data=encoded, mime_type=mime)])
     blob = BlobResourceContents(uri=f"file:///{quote(shown.lstrip('/'))}", blob=encoded, mime_type=mime)
     return CallToolResult(content=[EmbeddedResource(resource=blob)])
-
-
-# ---------------------------------------------------------------------------------------------------- the server
-
-Path_ = Annotated[str, Field(description="file or directory, relative or absolute", max_length=16_384)]
-Offset = Annotated[int, Field(description="entries to skip, to continue a cut result", ge=0, strict=True)]
-Exclude = Annotated[
-    list[str] | None,
-    Field(description="globs left out, besides .git, node_modules and the like; [] shows those too", max_length=100),
-]
-
-
-def build_server(
-    directories: Sequence[str | Path],
-    *,
-    deny: Sequence[str] = (),
-    allow_secrets: bool = False,
-    options: Options | None = None,
-) -> Server:
-    """The file server over existing `directories`; files that match a glob in `deny` are never opened.
-    Raises ConfigError."""
-    options = options or Options()
-    try:
-        files = Files(directories, deny, allow_secrets)
-    except ToolError as exc:
-        raise ConfigError(f"--deny: {exc}") from None
-    names = ", ".join(root.path for root in files.sandbox.roots)
-    server = Server("fs-server", f"Reads, lists, finds and searches the files in {names}, and nothing else.", options)
-    max_output = options.max_output
-
-    @server.tool(annotations=READ_ONLY, structured_output=False)
-    async def read_file(
-        ctx: Context[Any, Any],
-        path: Path_,
-        encoding: Annotated[str, Field(description="of the text", max_length=40)] = "utf-8",
-        max_size: Annotated[
-            int, Field(description="bytes: refuse a whole file above this", ge=1, le=100_000_000, strict=True)
-        ] = MAX_FILE,
-        head: Annotated[int, Field(description="first lines only (0: all), from offset on", ge=0, strict=True)] = 0,
-        tail: Annotated[int, Field(description="last lines only (0: all)", ge=0, strict=True)] = 0,
-        offset: Annotated[int, Field(description="lines to skip", ge=0, strict=True)] = 0,
-        column: Annotated[int, Field(description="characters to skip in the first line", ge=0, strict=True)] = 0,
-    ) -> str:
-        """Read a text file. Whole files up to max_size; head, tail and offset read part of a file of any size. A long
-        text is cut at a line, and its last line names the arguments that continue. Binary files and text in another
-        encoding are errors; read_media_file reads images and audio."""
-        if tail and (head or offset):
-            raise ToolError("tail cannot be combined with head or offset; give tail alone, or head and offset")
-        wanted = Slice(head, tail, offset, column)
-        return str(
-            await in_thread(ctx, lambda work: read_part(files, path, encoding, max_size, wanted, max_output, work))
-        )
-
-    @server.tool(annotations=READ_ONLY, structured_output=False)
-    async def read_media_file(ctx: Context[Any, Any], path: Path_) -> CallToolResult:
-        """Read an image or audio file, or any other file as a binary resource, with its MIME type. Up to 10 MB."""
-        return await in_thread(ctx, lambda _: read_media(files, path))
-
-    @server.tool(annotations=READ_ONLY, structured_output=False)
-    async def read_multiple_files(
-        ctx: Context[Any, Any],
-        paths: Annotated[list[str], Field(description="files, relative or absolute", min_length=1, max_length=100)],
-    ) -> str:
-        """Read several UTF-8 text files in one call, each under a header line. A file that cannot be read is reported
-        in its place and the others still come. All share one result's length; the last line says what is left."""
-        return await in_thread(ctx, lambda work: read_parts(files, paths, max_output, work))
-
-    @server.tool(annotations=READ_ONLY, structured_output=False)
-    async def list_directory(
-        ctx: Context[Any, Any],
-        path: Path_ = ".",
-        pattern: Annotated[str, Field(description="glob that names must match", max_length=1000)] = "*",
-        recursive: Annotated[bool, Field(description="also what is below", strict=True)] = False,
-        offset: Offset = 0,
-    ) -> str:
-        """List a directory: one JSON object a line with path, type, size in bytes and time of modification (UTC). Use
-        directory_tree for an overview. Recursive listings do not enter .git, node_modules and the like unless the
-        pattern names them."""
-
-        def listed(work: Work) -> str:
-            matches = glob_matcher(pattern)
-            walk = Walk(files, files.sandbox.resolve(path), work, asked=pattern)
-            with closing(walk.listings(MAX_DEPTH if recursive else 1)) as listings:
-                found: Iterable[tuple[Listing, os.DirEntry[str]]] = (
-                    (listing, entry)
-                    for listing in (listings if recursive else [next(listings)])
-                    for entry in listing.entries
-                    if matches(printable(listing.prefix + entry.name))
-                )
-                if not recursive:
-                    found = list(found)
-                render = partial(list_line, walk.shown)
-                return page(found, "entries", max_output=max_output, offset=offset, render=render, notes=walk.notes)
-
-        return await in_thread(ctx, listed)
-
-    @server.tool(annotations=READ_ONLY, structured_output=False)
-    async def directory_tree(
-        ctx: Context[Any, Any],
-        path: Path_ = ".",
-        max_depth: Annotated[int, Field(description="levels", ge=1, le=MAX_DEPTH, strict=True)] = MAX_DEPTH,
-        exclude_patterns: Exclude = None,
-        offset: Offset = 0,
-    ) -> str:
-        """Show the files and directories below a path as an indented tree: in each directory first its files, then its
-        subdirectories. Directories that were not entered are marked. For sizes and times use list_directory."""
-
-        def drawn(work: Work) -> str:
-            walk = Walk(files, files.sandbox.resolve(path), work, exclude_patterns)
-            with closing(tree_lines(walk, max_depth)) as lines:
-                return page(lines, "lines", max_output=max_output, offset=offset, notes=walk.notes)
-
-        return await in_thread(ctx, drawn)
-
-    @server.tool(annotations=READ_ONLY, structured_output=False)
-    async def search_files(
-        ctx: Context[Any, Any],
-        path: Path_,
-        pattern: Annotated[
-            str, Field(description="glob: *.py for names at any depth, src/**/*.ts for paths", max_length=1000)
-        ],
-        exclude_patterns: Exclude = None,
-        offset: Offset = 0,
-    ) -> str:
-        """Find files and directories below a path whose name matches a glob, one path a line. Knows *, ?, **, [a-z]
-        and {a,b}; case matters. To search in the text of files use search_text."""
-
-        def found(work: Work) -> str:
-            matches = glob_matcher(pattern)
-            walk = Walk(files, files.sandbox.resolve(path), work, exclude_patterns, asked=pattern)
-            with closing(walk.listings()) as listings:
-                paths = (
-                    joined(walk.shown, listing.prefix + entry.name)
-                    for listing in listings
-                    for entry in listing.entries
-                    if matches(printable(listing.prefix + entry.name))
-                )
-                return page(paths, "matches", max_output=max_output, offset=offset, notes=walk.notes)
-
-        return await in_thread(ctx, found)
-
-    @server.tool(annotations=READ_ONLY, structured_output=False)
-    async def search_text(
-        ctx: Context[Any, Any],
-        path: Path_,
-        pattern: Annotated[str, Field(description="text, or a regular expression", min_length=1, max_length=1000)],
-        regex: Annotated[bool, Field(description="Rust syntax: no look-around", strict=True)] = False,
-        glob: Annotated[str, Field(description="search only files that match, such as *.py", max_length=1000)] = "",
-        ignore_case: Annotated[bool, Field(strict=True)] = False,
-        context: Annotated[int, Field(description="lines around a match", ge=0, le=20, strict=True)] = 0,
-        max_matches: Annotated[int, Field(ge=1, le=10_000, strict=True)] = 200,
-        offset: Annotated[int, Field(description="matches to skip", ge=0, strict=True)] = 0,
-    ) -> str:
-        """Search the lines of text files below a path (or of one file): file:line:text for each match. Long lines are
-        clipped. The last line says what was skipped: binary, secret and unreadable files, and those above 10 MB."""
-
-        def searched(work: Work) -> str:
-            search = TextSearch(files, path, Query(pattern, regex, ignore_case, context), glob, work)
-            with closing(search.matches()) as matches:
-                return page(
-                    matches, "matches", max_output=max_output, offset=offset, limit=max_matches, notes=search.notes
-                )
-
-        return await in_thread(ctx, searched)
-
-    @server.tool(annotations=READ_ONLY)
-    async def get_file_info(ctx: Context[Any, Any], path: Path_) -> FileInfo:
-        """Tell a file's or directory's type, size, times (UTC), permissions and MIME type; for a symlink those of its
-        target, and where it leads."""
-        return await in_thread(ctx, lambda _: file_info(files, path))
-
-    @server.tool(annotations=READ_ONLY)
-    async def list_allowed_directories() -> AllowedDirectories:
-        """List the directories that this server may read. Relative paths are looked up in each of them in turn."""
-        return AllowedDirectories(directories=[printable(root.path) for root in files.sandbox.roots])
-
-    return server
 
 
 # ------------------------------------------------------------------------------------------------------------ main

@@ -147,6 +147,19 @@ def test_other_calls_are_answered_while_a_walk_runs_and_a_cancelled_one_stops(tm
     assert cpu() - used < 0.2
 
 
+def test_a_quick_call_overtakes_sixty_four_slow_ones(tmp_path: Path, stdio: Start) -> None:
+    (tmp_path / "small.txt").write_text("hello")
+    (tmp_path / "slow").write_bytes(SLOW_LINE * 4)
+    server = stdio("fs_server.py", str(tmp_path))
+    for _ in range(64):
+        server.start("search_text", path="slow", pattern=SLOW_PATTERN, regex=True)
+    quick = server.start("read_file", path="small.txt")
+    before = 0
+    while server.receive()["id"] != quick:
+        before += 1
+    assert before < 10
+
+
 def test_progress_is_reported_to_a_client_that_asked_for_it(tmp_path: Path, stdio: Start) -> None:
     for number in range(6):
         (tmp_path / f"d{number}").mkdir()
