@@ -64,7 +64,7 @@ from pydantic_core import SchemaError, SchemaValidator, core_schema
 MAX_FILE = 10_000_000  # bytes: a media file, a searched file, and the default for a whole text file
 MAX_DEPTH = 100  # levels a walk goes down: each holds a descriptor, and a process has about 1,000
 MAX_LINE = 500  # characters of one matching line shown; minified files have lines of megabytes
-MAX_REGEX_LINE = 10_000  # characters of a line that a regular expression sees, so that one line takes no seconds
+MAX_REGEX_LINE = 2_000  # characters of a line that a regular expression sees: the engine may need 50 µs for each
 WALK_LIMIT = 25.0  # seconds: a walk ends before the call's own limit and answers with what it has
 CHUNK = 1 << 20  # bytes read at a time when a large file is scanned
 
@@ -264,7 +264,7 @@ def build_server(
                     matches, "matches", max_output=max_output, offset=offset, limit=max_matches, notes=search.notes
                 )
 
-        return await walk_in_thread(ctx, searched)
+        return await walk_in_thread(ctx, searched, REGEX_WALKERS if regex else WALKERS)
 
     @server.tool(annotations=READ_ONLY)
     async def get_file_info(path: Path_) -> FileInfo:
@@ -363,7 +363,8 @@ class Work:
         return self.cancelled or time.monotonic() > self.deadline
 
 
-WALKERS = anyio.CapacityLimiter(4)
+WALKERS = anyio.CapacityLimiter(4)  # walks at a time: many slow ones must leave threads and processor to quick calls
+REGEX_WALKERS = anyio.CapacityLimiter(1)  # the regex engine holds the interpreter's lock: two would starve the others
 
 
 async def in_thread(function: Callable[[Work], T]) -> T:
@@ -375,8 +376,10 @@ async def in_thread(function: Callable[[Work], T]) -> T:
         work.cancelled = True
 
 
-async def walk_in_thread(ctx: Context[Any, Any], function: Callable[[Work], T]) -> T:
-    """The same for a walk: a few at a time, so that many slow ones leave threads and processor to the quick calls.
+async def walk_in_thread(
+    ctx: Context[Any, Any], function: Callable[[Work], T], limiter: anyio.CapacityLimiter = WALKERS
+) -> T:
+    """The same for a walk, of which only a few run at a time.
 
     A client that asked for progress is told five times a second how many entries were visited.
     """
@@ -393,7 +396,7 @@ async def walk_in_thread(ctx: Context[Any, Any], function: Callable[[Work], T]) 
     wants_progress = "progress_token" in (ctx.request_context.meta or {})
     reporter = asyncio.create_task(report()) if wants_progress else None
     try:
-        return await anyio.to_thread.run_sync(function, work, abandon_on_cancel=True, limiter=WALKERS)
+        return await anyio.to_thread.run_sync(function, work, abandon_on_cancel=True, limiter=limiter)
     finally:
         work.cancelled = True
         if reporter:
@@ -832,17 +835,6 @@ class Query:
         """Bytes without which a file cannot match, so that most files are put aside without being decoded."""
         return b"" if self.regex or self.ignore_case else self.pattern.encode("utf-8", "surrogatepass")
 
-    def predicate(self, work: Work) -> Callable[[str], bool]:
-        """Whether a line matches; none does any more when the work's time is up. Raises ToolError."""
-        if "\n" in self.pattern and not self.regex:
-            raise ToolError("the pattern has a line break, but lines are searched one by one; search for one line")
-        if self.needle():
-            return lambda line: self.pattern in line
-        found = linear_regex(
-            ("(?i)" if self.ignore_case else "") + (self.pattern if self.regex else escape(self.pattern))
-        )
-        return lambda line: not work.over() and found(line[:MAX_REGEX_LINE])
-
     def clip(self, line: str) -> str:
         """A line as it is shown: a long one is cut around the match, and says so."""
         if len(line) <= MAX_LINE:
@@ -879,12 +871,28 @@ class TextSearch:
         self._work = work
         self._located = files.sandbox.resolve(path)
         self._query = query
-        self._predicate = query.predicate(work)
         self._needle = query.needle()
         self._wanted = glob_matcher(glob) if glob else None
         self._walk = Walk(files, self._located, work, asked=glob)
         self.skipped = self._walk.skipped
         self.notes = self._walk.notes
+        self._predicate = self._line_predicate()
+
+    def _line_predicate(self) -> Callable[[str], bool]:
+        query = self._query
+        if "\n" in query.pattern and not query.regex:
+            raise ToolError("the pattern has a line break, but lines are searched one by one; search for one line")
+        if self._needle:
+            return lambda line: query.pattern in line
+        pattern = query.pattern if query.regex else escape(query.pattern)
+        found = linear_regex(("(?i)" if query.ignore_case else "") + pattern)
+
+        def matches(line: str) -> bool:
+            if len(line) > MAX_REGEX_LINE:
+                self.skipped[f"line ends after {MAX_REGEX_LINE} characters (plain text is searched to the end)"] += 1
+            return not self._work.over() and found(line[:MAX_REGEX_LINE])
+
+        return matches
 
     def matches(self) -> Generator[str]:
         """All matches, file by file. Raises ToolError."""
