@@ -26,6 +26,7 @@ import time
 import weakref
 from collections.abc import Awaitable, Callable, Generator, Iterable, Mapping, Sequence, Sized
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -285,12 +286,12 @@ Handle = int | str
 """An open directory: a descriptor, or (Windows) its path, which is checked again after every open."""
 
 
-def open_at(parent: Handle, name: str, flags: int = _FILE) -> int:
+def open_at(parent: Handle, name: str, flags: int = 0, mode: int = 0o666) -> int:
     """Open `name`, one component, in the directory `parent`, never through a symlink. Raises OSError."""
     if isinstance(parent, int):
-        return os.open(name, flags, dir_fd=parent)
+        return os.open(name, _FILE | flags, mode, dir_fd=parent)
     path = os.path.join(parent, name)
-    fd = os.open(path, flags)
+    fd = os.open(path, _FILE | flags, mode)
     if os.path.realpath(path) != path:  # Windows has no O_NOFOLLOW: refuse after the fact what it would have refused
         os.close(fd)
         raise OSError(errno.ELOOP, "replaced by a link")
@@ -324,6 +325,57 @@ def stat_at(parent: Handle, name: str) -> os.stat_result:
     if isinstance(parent, int):
         return os.stat(name, dir_fd=parent, follow_symlinks=False)
     return os.lstat(os.path.join(parent, name))
+
+
+def make_directory_at(parent: Handle, name: str) -> None:
+    """Make the subdirectory `name`. Raises OSError."""
+    if isinstance(parent, int):
+        os.mkdir(name, dir_fd=parent)
+    else:
+        os.mkdir(os.path.join(parent, name))
+
+
+def remove_at(parent: Handle, name: str) -> None:
+    """Remove the file `name`. Raises OSError."""
+    if isinstance(parent, int):
+        os.unlink(name, dir_fd=parent)
+    else:
+        os.unlink(os.path.join(parent, name))
+
+
+def replace_at(parent: Handle, old: str, new: str) -> None:
+    """Rename `old` to `new` in one directory, in place of what is there. Raises OSError."""
+    if isinstance(parent, int):
+        os.replace(old, new, src_dir_fd=parent, dst_dir_fd=parent)
+    else:
+        os.replace(os.path.join(parent, old), os.path.join(parent, new))
+
+
+def rename_new_at(parent: Handle, name: str, to: Handle, new: str) -> None:
+    """Rename to a name that must not exist. Raises OSError: FileExistsError if it does.
+
+    `rename` replaces what exists. Linux has a call that does not; elsewhere the name is looked at just before.
+    """
+    if isinstance(parent, int) and isinstance(to, int):
+        import ctypes
+
+        renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+        no_replace = 1
+        if renameat2 and renameat2(parent, os.fsencode(name), to, os.fsencode(new), no_replace) == 0:
+            return
+        number = ctypes.get_errno() if renameat2 else errno.ENOSYS
+        if number not in (errno.ENOSYS, errno.EINVAL):  # these two: the system or the file system does not know it
+            raise OSError(number, os.strerror(number))
+    try:
+        stat_at(to, new)
+    except FileNotFoundError:
+        pass
+    else:
+        raise FileExistsError(errno.EEXIST, "exists")
+    if isinstance(parent, int) and isinstance(to, int):
+        os.rename(name, new, src_dir_fd=parent, dst_dir_fd=to)
+    else:
+        os.rename(os.path.join(str(parent), name), os.path.join(str(to), new))
 
 
 def close_handle(handle: Handle) -> None:
@@ -368,6 +420,8 @@ def describe_os_error(exc: OSError, shown: str) -> str:
             return f"not a directory: {shown}; use the path of a directory, or read_file for a file"
         case errno.EISDIR:
             return f"{shown} is a directory; use list_directory or directory_tree"
+        case errno.EEXIST:
+            return f"{shown} exists and is not overwritten; choose another destination"
         case errno.ENXIO | errno.ENODEV:
             return f"{shown} is not a regular file (a FIFO, socket or device) and is never opened; choose another"
         case errno.EACCES | errno.EPERM:
@@ -379,7 +433,7 @@ def describe_os_error(exc: OSError, shown: str) -> str:
         case errno.EMFILE | errno.ENFILE:
             return "too many files are open in the server just now; try again in a second"
         case _:
-            return f"cannot read {shown} ({os.strerror(exc.errno or errno.EIO).lower()}); try another path"
+            return f"cannot open or change {shown} ({os.strerror(exc.errno or errno.EIO).lower()}); try another path"
 
 
 @dataclass(frozen=True)
@@ -456,7 +510,9 @@ class Sandbox:
             raise ToolError(
                 f"{printable(untrusted)} is outside the allowed directories; list_allowed_directories names them"
             )
-        return inside[0]
+        # What does not exist yet belongs where its directory is.
+        homes = [new for new in inside if os.path.isdir(os.path.join(new.root.path, *new.parts[:-1]))]
+        return (homes or inside)[0]
 
     def _locate(self, path: str, untrusted: str, follow_last: bool) -> Located | None:
         try:
@@ -481,25 +537,30 @@ class Sandbox:
         with explained(located.shown):
             return _walk(located.root.handle, located.parts, _DIRECTORY)
 
+    def open_parent(self, located: Located, *, for_writing: bool = False) -> tuple[Handle, str]:
+        """Open the directory that a path is in; the caller closes it. The name is "." for an allowed directory itself.
+        Raises ToolError."""
+        with explained(located.shown):
+            name = located.parts[-1] if located.parts else os.curdir
+            return _walk(located.root.handle, located.parts[:-1], _DIRECTORY if for_writing else _PASS), name
+
     def open_file(self, located: Located) -> tuple[int, os.stat_result]:
         """Open a regular file for reading; the caller closes the descriptor. Raises ToolError."""
-        with explained(located.shown):
-            if not located.parts:
-                raise OSError(errno.EISDIR, "a directory")
-            parent = _walk(located.root.handle, located.parts[:-1], _PASS)
-            try:
-                return open_file_at(parent, located.parts[-1])
-            finally:
-                close_handle(parent)
+        parent, name = self.open_parent(located)
+        try:
+            with explained(located.shown):
+                return open_file_at(parent, name)
+        finally:
+            close_handle(parent)
 
     def stat(self, located: Located) -> os.stat_result:
         """`lstat` of the path. Raises ToolError."""
-        with explained(located.shown):
-            parent = _walk(located.root.handle, located.parts[:-1], _PASS)
-            try:
-                return stat_at(parent, located.parts[-1] if located.parts else os.curdir)
-            finally:
-                close_handle(parent)
+        parent, name = self.open_parent(located)
+        try:
+            with explained(located.shown):
+                return stat_at(parent, name)
+        finally:
+            close_handle(parent)
 
 
 # ---------------------------------------------------------------------------------------------------- the server
@@ -528,6 +589,14 @@ def _without_titles(schema: Any) -> Any:
     if isinstance(schema, list):
         return [_without_titles(item) for item in cast("list[Any]", schema)]
     return schema
+
+
+_audit_facts: ContextVar[dict[str, object]] = ContextVar("_audit_facts")
+
+
+def audit(**facts: object) -> None:
+    """Add facts to the audit line of the tool call that is running, such as what a write changed."""
+    _audit_facts.get({}).update(facts)
 
 
 class Server(MCPServer[Any]):
@@ -581,6 +650,8 @@ class Server(MCPServer[Any]):
         """Run one tool within the time limit. Raises ToolError with one sentence that says what to do next."""
         started = time.perf_counter()
         outcome, size = "cancelled", 0
+        facts: dict[str, object] = {}
+        _audit_facts.set(facts)  # worker threads see the same dict
         try:
             await self._refuse_bad_call(name, arguments)
             with anyio.fail_after(TIME_LIMIT):
@@ -599,7 +670,7 @@ class Server(MCPServer[Any]):
                 exc.__cause__ if isinstance(exc, UnexpectedToolError) else None
             )
         finally:
-            self._audit(name, arguments, outcome, time.perf_counter() - started, size)
+            self._audit(name, arguments, outcome, time.perf_counter() - started, size, facts)
 
     async def _refuse_bad_call(self, name: str, arguments: dict[str, Any]) -> None:
         tools = {tool.name: tool for tool in await self.list_tools()}
@@ -652,7 +723,15 @@ class Server(MCPServer[Any]):
                     block.text = self._clean_text(block.text)
         return size
 
-    def _audit(self, name: str, arguments: dict[str, Any], outcome: str, seconds: float, size: int) -> None:
+    def _audit(
+        self,
+        name: str,
+        arguments: dict[str, Any],
+        outcome: str,
+        seconds: float,
+        size: int,
+        facts: dict[str, object],
+    ) -> None:
         if self._audit_fd is None:
             return
         line = {
@@ -662,6 +741,7 @@ class Server(MCPServer[Any]):
             "outcome": outcome,
             "ms": round(seconds * 1000, 1),
             "bytes": size,
+            **facts,
         }
         try:
             os.write(self._audit_fd, self._redact(json.dumps(line)).encode() + b"\n")

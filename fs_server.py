@@ -6,7 +6,8 @@
 
     python fs_server.py DIR [DIR ...]
 
-Trust boundary: whatever the model asks for, nothing outside those directories is opened, listed or stat'ed.
+Trust boundary: whatever the model asks for, nothing outside those directories is opened, listed or changed, and
+nothing at all is changed without --write.
 Files that hold secrets by convention (.env, private keys, cloud credentials) are listed but not opened.
 Not defended against: what the files themselves say to the model, and hard links or bind mounts that somebody
 put inside a directory and that lead out of it: they look like any other file.
@@ -15,17 +16,21 @@ put inside a directory and that lead out of it: they look like any other file.
 import asyncio
 import base64
 import codecs
+import difflib
 import fnmatch
+import hashlib
 import io
 import json
 import mimetypes
 import os
 import re
+import secrets
 import stat
 import time
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
@@ -44,19 +49,33 @@ from common import (
     Sandbox,
     Server,
     argument_parser,
+    audit,
     close_handle,
     explained,
+    make_directory_at,
+    open_at,
     open_directory_at,
     open_file_at,
     page,
     printable,
+    remove_at,
+    rename_new_at,
+    replace_at,
     serve,
+    stat_at,
     trailer,
 )
 from mcp.server.mcpserver import Context
 from mcp.server.mcpserver.exceptions import ToolError
-from mcp_types import AudioContent, BlobResourceContents, CallToolResult, EmbeddedResource, ImageContent
-from pydantic import BaseModel, Field
+from mcp_types import (
+    AudioContent,
+    BlobResourceContents,
+    CallToolResult,
+    EmbeddedResource,
+    ImageContent,
+    ToolAnnotations,
+)
+from pydantic import BaseModel, ConfigDict, Field
 from pydantic_core import SchemaError, SchemaValidator, core_schema
 
 # -------------------------------------------------------------------------------------------------------- limits
@@ -104,9 +123,23 @@ class AllowedDirectories(BaseModel):
     directories: list[str]
 
 
+class Edit(BaseModel):
+    """One replacement of `edit_file`, with the reference server's names."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    oldText: Annotated[str, Field(min_length=1, max_length=1_000_000)]  # noqa: N815
+    newText: Annotated[str, Field(max_length=1_000_000)]  # noqa: N815
+
+
 # ----------------------------------------------------------------------------------------------------- the tools
 #
 # What the model sees. Each tool checks its arguments, calls one of the functions below it in this file, and returns.
+
+REPLACES = ToolAnnotations(read_only_hint=False, destructive_hint=True, idempotent_hint=True, open_world_hint=False)
+EDITS = ToolAnnotations(read_only_hint=False, destructive_hint=True, idempotent_hint=False, open_world_hint=False)
+ADDS = ToolAnnotations(read_only_hint=False, destructive_hint=False, idempotent_hint=True, open_world_hint=False)
+MOVES = ToolAnnotations(read_only_hint=False, destructive_hint=False, idempotent_hint=False, open_world_hint=False)
 
 Path_ = Annotated[str, Field(description="file or directory, relative or absolute", max_length=16_384)]
 Offset = Annotated[int, Field(description="entries to skip, to continue a cut result", ge=0, strict=True)]
@@ -122,17 +155,19 @@ def build_server(
     *,
     deny: Sequence[str] = (),
     allow_secrets: bool = False,
+    write: bool = False,
     options: Options | None = None,
 ) -> Server:
-    """The file server over existing `directories`; files that match a glob in `deny` are never opened.
-    Raises ConfigError."""
+    """The file server over existing `directories`; files that match a glob in `deny` are never opened, and nothing is
+    changed without `write`. Raises ConfigError."""
     options = options or Options()
     try:
         files = Files(directories, deny, allow_secrets)
     except ToolError as exc:
         raise ConfigError(f"--deny: {exc}") from None
     names = ", ".join(root.path for root in files.sandbox.roots)
-    server = Server("fs-server", f"Reads, lists, finds and searches the files in {names}, and nothing else.", options)
+    does = "Reads, lists, finds, searches and changes" if write else "Reads, lists, finds and searches"
+    server = Server("fs-server", f"{does} the files in {names}, and nothing else.", options)
     max_output = options.max_output
 
     @server.tool(annotations=READ_ONLY, structured_output=False)
@@ -277,6 +312,8 @@ def build_server(
         """List the directories that this server may read. Relative paths are looked up in each of them in turn."""
         return AllowedDirectories(directories=[printable(root.path) for root in files.sandbox.roots])
 
+    if write:
+        add_writing_tools(server, files)
     return server
 
 
@@ -419,20 +456,33 @@ class Files:
     def is_secret(self, path: str) -> bool:
         """Whether the file at this path (from its root, symlinks resolved) must not be opened."""
         # Lower case, because on a case-insensitive disk .ENV is .env.
-        *directories, name = path.lower().split("/")
-        if self._denied(printable(path)) or not self._secret_directories.isdisjoint(directories):
+        parts = path.lower().split("/")
+        name = parts[-1]
+        if self._denied(printable(path)) or not self._secret_directories.isdisjoint(parts):
             return True
         return self._secret.match(name) is not None and self._not_secret.match(name) is None
+
+    def refuse_secret(self, located: Located) -> None:
+        """Raises ToolError if the file is not to be opened, written or moved."""
+        if self.is_secret(located.path):
+            raise ToolError(
+                f"{located.shown} holds secrets by its name and is left alone;"
+                " ask the user to start the server with --allow-secrets or without this --deny"
+            )
 
     def open(self, path: str) -> tuple[int, os.stat_result]:
         """Open one file for reading. Raises ToolError."""
         located = self.sandbox.resolve(path)
-        if self.is_secret(located.path):
-            raise ToolError(
-                f"{located.shown} holds secrets by its name and is not opened;"
-                " ask the user to start the server with --allow-secrets or without this --deny"
-            )
+        self.refuse_secret(located)
         return self.sandbox.open_file(located)
+
+    def remove_leftovers(self) -> None:
+        """Remove the temporary files of a server that was killed while it wrote. Big trees are not searched to the
+        end: what is left there goes with the next write to its directory."""
+        for root in self.sandbox.roots:
+            with suppress(ToolError):
+                for listing in Walk(self, Located(root, (), "."), Work(time.monotonic() + 1)).listings():
+                    remove_leftovers(listing.handle)
 
 
 @dataclass(frozen=True, slots=True)
@@ -984,19 +1034,392 @@ def read_media(files: Files, path: str) -> CallToolResult:
     return CallToolResult(content=[EmbeddedResource(resource=blob)])
 
 
+# ------------------------------------------------------------------------------------------------------- writing
+#
+# A file is never written in place. The new content goes to a temporary file in the same directory, to the disk, and
+# then to its name, in one step: whatever happens, the old or the new content is there, and a hard link that somebody
+# made beforehand keeps the old. The temporary file is locked while its writer lives, so a leftover can be told.
+
+TEMPORARY = re.compile(r"\.fs-server-[0-9a-f]{16}\.tmp")
+LOCK_WAIT = 5.0  # seconds to wait for another writer of the same file
+
+
+def try_lock(fd: int) -> bool:
+    """Lock an open file until it is closed, if nobody else has; on Windows, where there is no flock, always true."""
+    try:
+        import fcntl
+    except ImportError:
+        return True
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        return True
+    return True
+
+
+def remove_leftovers(directory: Handle) -> None:
+    """Remove the temporary files in a directory whose writers are gone."""
+    with suppress(OSError), os.scandir(directory) as entries:
+        for name in [entry.name for entry in entries if TEMPORARY.fullmatch(entry.name)]:
+            with suppress(OSError):
+                fd, _ = open_file_at(directory, name)
+                try:
+                    if try_lock(fd):
+                        remove_at(directory, name)
+                finally:
+                    os.close(fd)
+
+
+@dataclass
+class Target:
+    """A file that is about to be written: where it is, and what it holds now (None: it does not exist)."""
+
+    directory: Handle
+    name: str
+    shown: str
+    old: bytes | None
+    info: os.stat_result | None
+
+    def replace(self, data: bytes) -> None:
+        """Put the new content in place, with the mode, owner and extended attributes of the old file. Raises OSError,
+        or ToolError if another program has changed the file since it was read."""
+        temporary, fd = self.create_temporary()
+        try:
+            try:
+                with open(fd, "wb", closefd=False) as file:
+                    file.write(data)
+                if self.info is not None:
+                    copy_attributes(self, fd)
+                os.fsync(fd)
+                self.refuse_changed()
+                replace_at(self.directory, temporary, self.name)
+            finally:
+                os.close(fd)
+        except BaseException:
+            with suppress(OSError):
+                remove_at(self.directory, temporary)
+            raise
+        if isinstance(self.directory, int):
+            with suppress(OSError):  # the name itself reaches the disk with its directory
+                os.fsync(self.directory)
+        audit(
+            path=self.shown,
+            bytes_before=None if self.old is None else len(self.old),
+            bytes_after=len(data),
+            sha256_before=None if self.old is None else hashlib.sha256(self.old).hexdigest(),
+            sha256_after=hashlib.sha256(data).hexdigest(),
+        )
+
+    def create_temporary(self) -> tuple[str, int]:
+        """A new file next to the target, open and locked."""
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
+        while True:
+            name = f".fs-server-{secrets.token_hex(8)}.tmp"
+            # Until it gets the mode of the old file nobody else may read it; a new file has the usual mode at once.
+            fd = open_at(self.directory, name, flags, 0o666 if self.info is None else 0o600)
+            # Before it was locked, somebody who cleans up may have taken it for a leftover.
+            if try_lock(fd) and os.fstat(fd).st_nlink:
+                return name, fd
+            os.close(fd)
+
+    def refuse_changed(self) -> None:
+        """Raises ToolError if the name no longer stands for the file that was read."""
+        try:
+            now: os.stat_result | None = stat_at(self.directory, self.name)
+        except FileNotFoundError:
+            now = None
+        if identity(now) != identity(self.info):
+            raise ToolError(f"{self.shown} was changed by another program just now; read it again, then repeat this")
+
+
+def identity(info: os.stat_result | None) -> tuple[int, ...] | None:
+    """What tells one state of a file from another."""
+    return info and (info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_mode)
+
+
+def copy_attributes(target: Target, fd: int) -> None:
+    """Give the open file the owner, the extended attributes (ACLs are among them) and the mode of the old one."""
+    assert target.info is not None
+    if hasattr(os, "fchown"):
+        with suppress(OSError):  # only root may give a file away
+            os.fchown(fd, target.info.st_uid, target.info.st_gid)
+    if hasattr(os, "listxattr"):
+        old = open_at(target.directory, target.name)
+        try:
+            for attribute in os.listxattr(old):
+                with suppress(OSError):  # some belong to the system
+                    os.setxattr(fd, attribute, os.getxattr(old, attribute))
+        except OSError:  # a file system without them
+            pass
+        finally:
+            os.close(old)
+    os.chmod(fd if os.chmod in os.supports_fd else target.name, stat.S_IMODE(target.info.st_mode))
+
+
+@contextmanager
+def writing(files: Files, path: str, work: Work) -> Generator[Target]:
+    """Opens a file's directory, locks the file if it exists, and reads it: until the end of the block nobody else who
+    asks for the lock writes it. Raises ToolError."""
+    located = files.sandbox.resolve(path)
+    files.refuse_secret(located)
+    if not located.parts:
+        raise ToolError(f"{located.shown} is an allowed directory; give the path of a file in it")
+    try:
+        directory, name = files.sandbox.open_parent(located, for_writing=True)
+    except ToolError as exc:
+        raise ToolError(f"{exc}; create_directory makes directories") from None
+    fd = -1
+    try:
+        with explained(located.shown):
+            remove_leftovers(directory)
+            patience = time.monotonic() + LOCK_WAIT
+            while True:
+                try:
+                    fd, info = open_file_at(directory, name)
+                except FileNotFoundError:
+                    yield Target(directory, name, located.shown, None, None)
+                    return
+                # Whoever held the lock may have put a new file under the name: the lock must be on that one.
+                if try_lock(fd) and identity(info) == identity(stat_at(directory, name)):
+                    break
+                os.close(fd)
+                fd = -1
+                if work.over() or time.monotonic() > patience:
+                    raise ToolError(f"{located.shown} is being written by another program; try again later")
+                time.sleep(0.005)
+            if info.st_size > MAX_FILE:
+                raise ToolError(f"{located.shown} has {info.st_size} bytes, more than {MAX_FILE}; it is left alone")
+            with open(fd, "rb", closefd=False) as file:
+                old = file.read()
+            yield Target(directory, name, located.shown, old, info)
+    finally:
+        if fd >= 0:
+            os.close(fd)
+        close_handle(directory)
+
+
+def write_text(files: Files, path: str, content: str, work: Work) -> str:
+    """What `write_file` answers. Raises ToolError."""
+    data = content.encode("utf-8", "surrogatepass")
+    if len(data) > MAX_FILE:
+        raise ToolError(f"the content has {len(data)} bytes, more than {MAX_FILE}; write less")
+    with writing(files, path, work) as target:
+        target.replace(data)
+        if target.old is None:
+            return f"created {target.shown}: {len(data)} bytes"
+        return f"replaced {target.shown}: {len(target.old)} bytes before, {len(data)} bytes now"
+
+
+# ------------------------------------------------------------------------------------------------------- editing
+
+BOMS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be"))
+
+
+def decode_to_edit(data: bytes, shown: str, encoding: str) -> tuple[bytes, str, str]:
+    """A file's byte-order mark, its text, and the encoding that turns the text back into the same bytes."""
+    bom, codec = next(((bom, codec) for bom, codec in BOMS if data.startswith(bom)), (b"", encoding))
+    try:
+        text = data[len(bom) :].decode(codec)
+        if codecs.lookup(codec).name in NOT_TEXT or bom + text.encode(codec) != data:
+            raise ValueError
+    except (LookupError, ValueError):
+        raise ToolError(
+            f'{shown} cannot be edited as {encoding[:40]}; pass its encoding, such as "cp1252", or "latin-1" for any'
+        ) from None
+    return bom, text, codec
+
+
+def replace_once(text: str, edit: Edit, number: int, shown: str) -> str:
+    """The text with one edit made. A line break in oldText stands for either kind, and newText gets the kind that
+    stands where it goes. Raises ToolError unless oldText is there exactly once."""
+    plain, old, new = (part.replace("\r\n", "\n") for part in (text, edit.oldText, edit.newText))
+    if old == new:
+        raise ToolError(f"edit {number} changes nothing; give a newText that differs from its oldText")
+    start = plain.find(old)
+    if start < 0:
+        raise ToolError(f"edit {number}: oldText was not found in {shown}, nothing was written; {nearest(plain, old)}")
+    if plain.find(old, start + 1) >= 0:
+        places = [match.start() for match in re.finditer(f"(?={re.escape(old)})", plain)]
+        lines = ", ".join(str(plain.count("\n", 0, at) + 1) for at in places[:10])
+        raise ToolError(
+            f"edit {number}: oldText was found {len(places)} times in {shown} (at lines {lines}"
+            f"{' ...' if len(places) > 10 else ''}), nothing was written; make it longer, so that it is there once"
+        )
+    # Where the line breaks of two characters are, as positions in the plain text.
+    breaks = [match.start() - count for count, match in enumerate(re.finditer("\r\n", text))]
+    first, last = bisect_left(breaks, start), bisect_left(breaks, start + len(old))
+    inside = old.count("\n")
+    two = last - first > inside / 2 if inside else len(breaks) > plain.count("\n") / 2
+    return text[: start + first] + (new.replace("\n", "\r\n") if two else new) + text[start + len(old) + last :]
+
+
+def nearest(text: str, old: str) -> str:
+    """The lines of the text that come nearest to `old`, as a short diff, to tell what is wrong with it."""
+    lines, wanted = text.split("\n")[:20_000], old.split("\n")
+    anchor = max(range(len(wanted)), key=lambda at: len(wanted[at].strip()))
+    matcher = difflib.SequenceMatcher(None, b=wanted[anchor].strip()[:200], autojunk=False)
+    best, where = 0.6, -1
+    for at, line in enumerate(lines):
+        matcher.set_seq1(line.strip()[:200])
+        if matcher.real_quick_ratio() > best and matcher.quick_ratio() > best and matcher.ratio() > best:
+            best, where = matcher.ratio(), at
+    if where < 0:
+        return "no line of the file is like it: read the file and copy the text from there"
+    start = max(0, where - anchor)
+    there = lines[start : start + len(wanted)]
+    diff = [line[:200] for line in difflib.ndiff(wanted, there) if not line.startswith("?")]
+    return f"the nearest text is at line {start + 1} (- is oldText, + is the file):\n" + "\n".join(diff[:30])
+
+
+def unified_diff(before: str, after: str, shown: str, max_output: int) -> str:
+    """What an edit changes, with three lines of context."""
+    old, new = (re.findall(r"[^\n]*\n|[^\n]+", text.replace("\r\n", "\n")) for text in (before, after))
+    diff = difflib.unified_diff(old, new, shown, shown)
+    lines = [line if line.endswith("\n") else f"{line}\n\\ No newline at end of file\n" for line in diff]
+    text, shown_lines = "", 0
+    for line in lines:
+        if max_output and text and len(text) + len(line) > max_output:
+            return text + trailer(f"lines 1-{shown_lines} of {len(lines)} of the diff shown; read_file shows the file")
+        text, shown_lines = text + line, shown_lines + 1
+    return text or "(only the kind of line breaks changes)\n"
+
+
+def edit_text(
+    files: Files, path: str, edits: Sequence[Edit], dry_run: bool, encoding: str, max_output: int, work: Work
+) -> str:
+    """What `edit_file` answers. Raises ToolError."""
+    with writing(files, path, work) as target:
+        if target.old is None:
+            raise ToolError(f"not found: {target.shown}; write_file makes new files")
+        bom, before, codec = decode_to_edit(target.old, target.shown, encoding)
+        after = before
+        for number, edit in enumerate(edits, 1):
+            after = replace_once(after, edit, number, target.shown)
+        try:
+            data = bom + after.encode(codec)
+        except UnicodeEncodeError:
+            raise ToolError(f"newText has characters that {codec} cannot write; nothing was written") from None
+        if len(data) > MAX_FILE:
+            raise ToolError(f"the file would have {len(data)} bytes, more than {MAX_FILE}; nothing was written")
+        diff = unified_diff(before, after, target.shown, max_output)
+        if not dry_run:
+            target.replace(data)
+        return diff
+
+
+# ------------------------------------------------------------------------------------------ directories and moving
+
+
+def make_directory(files: Files, path: str) -> str:
+    """What `create_directory` answers: each missing part is made below its parent's descriptor. Raises ToolError."""
+    located = files.sandbox.resolve(path)
+    handle, made = files.sandbox.open_directory(Located(located.root, (), located.shown)), False
+    try:
+        with explained(located.shown):
+            for part in located.parts:
+                with suppress(FileExistsError):
+                    make_directory_at(handle, part)
+                    made = True
+                child = open_directory_at(handle, part)
+                close_handle(handle)
+                handle = child
+    finally:
+        close_handle(handle)
+    return f"created {located.shown}" if made else f"{located.shown} was there already"
+
+
+def move(files: Files, source: str, destination: str, work: Work) -> str:
+    """What `move_file` answers. Raises ToolError."""
+    old, new = (files.sandbox.resolve(path, follow_last=False) for path in (source, destination))
+    for located in (old, new):
+        files.refuse_secret(located)
+        if not located.parts:
+            raise ToolError(f"{located.shown} is an allowed directory and stays where it is; give a path inside it")
+    if old.root == new.root and new.parts[: len(old.parts)] == old.parts:
+        raise ToolError(f"{new.shown} is {old.shown} itself or inside it; give a destination elsewhere")
+    if any(root.path == os.path.join(old.root.path, *old.parts) for root in files.sandbox.roots):
+        raise ToolError(f"{old.shown} is an allowed directory and stays where it is; give a path inside it")
+    refuse_moving_secrets(files, old, work)
+    from_directory, name = files.sandbox.open_parent(old, for_writing=True)
+    try:
+        to_directory, new_name = files.sandbox.open_parent(new, for_writing=True)
+        try:
+            with explained(new.shown):
+                rename_new_at(from_directory, name, to_directory, new_name)
+        finally:
+            close_handle(to_directory)
+    finally:
+        close_handle(from_directory)
+    audit(path=old.shown, destination=new.shown)
+    return f"moved {old.shown} to {new.shown}"
+
+
+def refuse_moving_secrets(files: Files, located: Located, work: Work) -> None:
+    """A directory with secret files in it is not moved: under another path they could be opened."""
+    if not stat.S_ISDIR(files.sandbox.stat(located).st_mode):
+        return
+    for listing in Walk(files, located, work, []).listings():
+        for entry in listing.entries:
+            if files.is_secret(f"{located.path}/{listing.prefix}{entry.name}"):
+                raise ToolError(f"{located.shown} has files in it that hold secrets by their names, and is not moved")
+
+
+# ---------------------------------------------------------------------------------------------- the writing tools
+
+
+def add_writing_tools(server: Server, files: Files) -> None:
+    """Adds the tools that change files: they are there only with --write."""
+    files.remove_leftovers()
+
+    @server.tool(annotations=REPLACES, structured_output=False)
+    async def write_file(
+        path: Path_, content: Annotated[str, Field(description="the whole text, as UTF-8", max_length=MAX_FILE)]
+    ) -> str:
+        """Make a new text file, or replace a whole file; the answer says which, with the sizes. All or nothing: the
+        file never holds half of the text. To change a part of a file use edit_file."""
+        return await in_thread(lambda work: write_text(files, path, content, work))
+
+    @server.tool(annotations=EDITS, structured_output=False)
+    async def edit_file(
+        path: Path_,
+        edits: Annotated[list[Edit], Field(description="made in this order", min_length=1, max_length=100)],
+        dryRun: Annotated[bool, Field(description="only show the diff", strict=True)] = False,  # noqa: N803
+        encoding: Annotated[str, Field(description="of the text", max_length=40)] = "utf-8",
+    ) -> str:
+        """Replace parts of a text file and return a unified diff. Each oldText must be found exactly once, letter for
+        letter; otherwise nothing is written, and the error says where it was found or what comes nearest. Line endings
+        stay as they are: write \\n for any of them."""
+        max_output = server.options.max_output
+        return await in_thread(lambda work: edit_text(files, path, edits, dryRun, encoding, max_output, work))
+
+    @server.tool(annotations=ADDS, structured_output=False)
+    async def create_directory(path: Path_) -> str:
+        """Make a directory, with the directories above it. One that is there already is fine."""
+        return await in_thread(lambda _: make_directory(files, path))
+
+    @server.tool(annotations=MOVES, structured_output=False)
+    async def move_file(source: Path_, destination: Path_) -> str:
+        """Move or rename a file or directory. The destination is the new path itself; nothing that exists is ever
+        overwritten."""
+        return await in_thread(lambda work: move(files, source, destination, work))
+
+
 # ------------------------------------------------------------------------------------------------------------ main
 
 
 def main() -> None:
     """The command line: `fs_server.py DIR [DIR ...]`."""
-    parser = argument_parser("fs-server", "Serve the files of directories to a language model over MCP, read-only.")
+    parser = argument_parser("fs-server", "Serve the files of directories to a language model over MCP.")
     parser.add_argument("directories", nargs="+", metavar="DIR", help="a directory that the model may read")
     parser.add_argument("--allow-secrets", action="store_true", help="also open .env files, private keys and the like")
+    parser.add_argument("--write", action="store_true", help="also offer tools that write, edit and move files")
     parser.add_argument("--deny", action="append", default=[], metavar="GLOB", help="never open files that match")
     serve(
         parser,
         lambda args, options: build_server(
-            args.directories, deny=args.deny, allow_secrets=args.allow_secrets, options=options
+            args.directories, deny=args.deny, allow_secrets=args.allow_secrets, write=args.write, options=options
         ),
     )
 

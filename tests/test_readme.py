@@ -19,7 +19,7 @@ pytestmark = pytest.mark.anyio
 README = (PROJECT / "README.md").read_text()
 SHELL = [line for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
 SETUP = [line for line in SHELL if line.startswith("python3 -m venv")]
-SERVERS = {"fs_server.py": fs_server.build_server([PROJECT])}
+SERVERS = {"fs_server.py": fs_server.build_server([PROJECT / "tests"], write=True)}
 
 
 def test_ci_runs_the_two_setup_commands_as_they_are_printed() -> None:
@@ -65,7 +65,7 @@ def test_the_options_table_is_the_help_text() -> None:
     section = re.search(r"## Options of all servers(.*?)\n## ", README, re.DOTALL)
     assert section
     documented = set(re.findall(r"`(--[\w-]+)", section[1]))
-    own = {"--deny", "--allow-secrets"}
+    own = {"--write", "--deny", "--allow-secrets"}
     assert documented | own == set(re.findall(r"(?<!\w)(--[\w-]+)", shown))
 
 
