@@ -527,11 +527,12 @@ class Walk:
     def listings(self, max_depth: int = MAX_DEPTH) -> Generator[Listing]:
         """Each directory before its subdirectories; those that are not entered come with a mark. Raises ToolError
         if the start cannot be listed."""
-        handle = self._files.sandbox.open_directory(self._start)
-        with explained(self._start.shown):
-            listing = self._list(handle, "", 0)
-        stack: list[tuple[Listing, Iterator[os.DirEntry[str]]]] = [(listing, iter(listing.entries))]
+        listing = Listing("", 0, self._files.sandbox.open_directory(self._start), [])
+        stack: list[tuple[Listing, Iterator[os.DirEntry[str]]]] = [(listing, iter(()))]
         try:
+            with explained(self._start.shown):
+                listing = self._list(listing.handle, "", 0)
+            stack = [(listing, iter(listing.entries))]
             yield listing
             while stack:
                 parent, entries = stack[-1]
@@ -587,7 +588,10 @@ def type_of(mode: int) -> str:
 
 def iso(seconds: float) -> str:
     """A time stamp as ISO 8601 in UTC, to the second."""
-    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    try:
+        return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    except (OverflowError, ValueError, OSError):  # file systems can hold years that the calendar cannot
+        return f"{seconds:.0f} s after 1970"
 
 
 def joined(directory: str, relative: str) -> str:
@@ -703,9 +707,12 @@ class Text:
                 self.encoding = "utf-8"
             self.source.close()
             self.source, self.size = io.BytesIO(data), len(data)
-        elif codecs.lookup(self.encoding).name == "utf-8":
+        elif self.is_utf8():
             self.refuse_binary(self.read(0, 8192))
-        self.newline_counted = self.size <= self.max_size
+
+    def is_utf8(self) -> bool:
+        """Whether the encoding is UTF-8, under any of its names."""
+        return codecs.lookup(self.encoding).name == "utf-8"
 
     def refuse_binary(self, data: bytes) -> None:
         """Text in UTF-8 has no NUL bytes; a UTF-16 file starts with a mark that names it."""
@@ -730,7 +737,7 @@ class Text:
 
     def decode(self, data: bytes, position: int, *, final: bool) -> str:
         """Bytes as text, never with replacement characters. Raises ToolError that names the byte and a way out."""
-        if codecs.lookup(self.encoding).name == "utf-8":
+        if self.is_utf8():
             self.refuse_binary(data)
         try:
             return codecs.getincrementaldecoder(self.encoding)("strict").decode(data, final)
@@ -752,22 +759,22 @@ class Text:
 
     def start_of_line(self, offset: int) -> int:
         """The position of the first byte after `offset` lines. Raises ToolError past the end."""
+        if not offset:
+            return 0
         missing = offset
         for position in range(0, self.size, CHUNK):
-            chunk = self.read(position, CHUNK) if missing else b""
+            chunk = self.read(position, CHUNK)
             newlines = chunk.count(b"\n")
             if newlines >= missing:
-                inside = end_of_lines(chunk, missing) if missing else 0
-                if position + inside < self.size:
-                    return position + inside
+                start = position + end_of_lines(chunk, missing)
+                if start < self.size:
+                    return start
                 break
             missing -= newlines
-        if offset:
-            raise ToolError(
-                f"offset={offset} is past the end of {self.shown}, which has {self.count_lines()} lines;"
-                " use a smaller offset"
-            )
-        return 0
+        raise ToolError(
+            f"offset={offset} is past the end of {self.shown}, which has {self.count_lines()} lines;"
+            " use a smaller offset"
+        )
 
     def start_of_tail(self, tail: int) -> tuple[int, int]:
         """Where the last `tail` lines start, and how many there are: fewer in a shorter file. Reads backwards."""
@@ -808,6 +815,8 @@ class Text:
             start = self.start_of_line(wanted.offset)
         start = self.skip_column(start, wanted.column)
         data = self.read(start, max(max_output, 16) if max_output else self.max_size)
+        if not data:
+            raise ToolError(f"{self.shown} became shorter while it was read; read it again")
         end = end_of_lines(data, lines) if lines else len(data)
         if start + len(data) >= self.size or (lines and data.count(b"\n", 0, end) == lines):
             return Part(self.decode(data[:end], start, final=True))
@@ -970,11 +979,14 @@ class TextSearch:
                 yield from self._in_file(fd, info, joined(shown, relative))
 
     def _in_file(self, fd: int, info: os.stat_result, name: str) -> Iterator[str]:
+        self._work.visited += 1
         try:
             if info.st_size > MAX_FILE:
                 self.skipped[f"files larger than {MAX_FILE} bytes"] += 1
                 return
-            data = os.read(fd, info.st_size or MAX_FILE)
+            data = os.read(fd, info.st_size or 4096)
+            if data and not info.st_size:  # files in /proc have content all the same
+                data += os.read(fd, MAX_FILE)
         except OSError:
             self.skipped["unreadable files"] += 1
             return
