@@ -581,13 +581,14 @@ def _for_audit(value: Any, name: str = "") -> Any:
     return value
 
 
-def _without_titles(schema: Any) -> Any:
-    """A JSON schema without pydantic's titles: they repeat the names and cost the model tokens."""
+def _slim(schema: Any) -> Any:
+    """A JSON schema without what costs the model tokens and tells it nothing: titles, which repeat the names, and the
+    longest texts that are accepted, which no honest call comes near."""
     if isinstance(schema, dict):
         items = cast("dict[str, Any]", schema).items()
-        return {k: _without_titles(v) for k, v in items if not (k == "title" and isinstance(v, str))}
+        return {k: _slim(v) for k, v in items if not (k in ("title", "maxLength") and isinstance(v, str | int))}
     if isinstance(schema, list):
-        return [_without_titles(item) for item in cast("list[Any]", schema)]
+        return [_slim(item) for item in cast("list[Any]", schema)]
     return schema
 
 
@@ -640,7 +641,8 @@ class Server(MCPServer[Any]):
         """The tools, in the order in which they were added."""
         if not self._tools:
             for tool in await super().list_tools():
-                schemas = _without_titles({"input_schema": tool.input_schema, "output_schema": tool.output_schema})
+                schemas = _slim({"input_schema": tool.input_schema, "output_schema": tool.output_schema})
+                (schemas["output_schema"] or {}).pop("description", None)  # the result model's docstring
                 self._tools.append(tool.model_copy(update=schemas))
         return self._tools
 

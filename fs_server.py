@@ -123,9 +123,8 @@ class AllowedDirectories(BaseModel):
     directories: list[str]
 
 
-class Edit(BaseModel):
-    """One replacement of `edit_file`, with the reference server's names."""
-
+class Edit(BaseModel):  # noqa: D101
+    # No docstring: it would be part of the list of tools. The names are those of the reference server.
     model_config = ConfigDict(extra="forbid", strict=True)
 
     oldText: Annotated[str, Field(min_length=1, max_length=1_000_000)]  # noqa: N815
@@ -141,12 +140,12 @@ EDITS = ToolAnnotations(read_only_hint=False, destructive_hint=True, idempotent_
 ADDS = ToolAnnotations(read_only_hint=False, destructive_hint=False, idempotent_hint=True, open_world_hint=False)
 MOVES = ToolAnnotations(read_only_hint=False, destructive_hint=False, idempotent_hint=False, open_world_hint=False)
 
-Path_ = Annotated[str, Field(description="file or directory, relative or absolute", max_length=16_384)]
-Offset = Annotated[int, Field(description="entries to skip, to continue a cut result", ge=0, strict=True)]
+Path_ = Annotated[str, Field(description="relative or absolute", max_length=16_384)]
+Offset = Annotated[int, Field(description="entries to skip", ge=0, strict=True)]
 Glob = Annotated[str, Field(max_length=1000)]
 Exclude = Annotated[
     list[Glob] | None,
-    Field(description="globs left out, besides .git, node_modules and the like; [] shows those too", max_length=100),
+    Field(description="globs left out, besides .git, node_modules etc.; [] shows those too", max_length=100),
 ]
 
 
@@ -1400,9 +1399,9 @@ def add_writing_tools(server: Server, files: Files) -> None:
         dryRun: Annotated[bool, Field(description="only show the diff", strict=True)] = False,  # noqa: N803
         encoding: Annotated[str, Field(description="of the text", max_length=40)] = "utf-8",
     ) -> str:
-        """Replace parts of a text file and return a unified diff. Each oldText must be found exactly once, letter for
-        letter; otherwise nothing is written, and the error says where it was found or what comes nearest. Line endings
-        stay as they are: write \\n for any of them."""
+        """Replace parts of a text file and return a unified diff. Each oldText must be there exactly once, letter for
+        letter; otherwise nothing is written, and the error says where it is or what comes nearest. Line endings stay as
+        they are: a line break stands for any kind."""
         max_output = server.options.max_output
         return await in_thread(lambda work: edit_text(files, path, edits, dryRun, encoding, max_output, work))
 
