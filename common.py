@@ -641,9 +641,12 @@ class Server(MCPServer[Any]):
         """The tools, in the order in which they were added."""
         if not self._tools:
             for tool in await super().list_tools():
-                schemas = _slim({"input_schema": tool.input_schema, "output_schema": tool.output_schema})
-                (schemas["output_schema"] or {}).pop("description", None)  # the result model's docstring
-                self._tools.append(tool.model_copy(update=schemas))
+                output: dict[str, Any] | None = _slim(tool.output_schema)
+                if output:
+                    output.pop("description", None)  # the result model's docstring
+                self._tools.append(
+                    tool.model_copy(update={"input_schema": _slim(tool.input_schema), "output_schema": output})
+                )
         return self._tools
 
     async def call_tool(
