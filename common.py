@@ -36,6 +36,7 @@ import anyio
 from mcp.server import MCPServer
 from mcp.server.mcpserver import Context
 from mcp.server.mcpserver.exceptions import ToolError, UnexpectedToolError
+from mcp.server.stdio import stdio_server
 from mcp_types import CallToolResult, TextContent, Tool, ToolAnnotations
 from pydantic import ValidationError
 
@@ -49,6 +50,7 @@ __version__ = "0.1.0"
 T = TypeVar("T")
 
 MAX_OUTPUT = 40_000  # characters: about 10,000 tokens, below the 25,000 at which clients cut a result themselves
+MAX_MESSAGE = 1 << 27  # bytes of one message: a text of 10 MB takes six times that in JSON at worst
 TIME_LIMIT = 30.0  # seconds a tool may run; clients drop results at 60
 MAX_AUDIT_VALUE = 200  # characters of one argument kept in an audit line
 
@@ -637,6 +639,10 @@ class Server(MCPServer[Any]):
         kwargs["description"] = kwargs.get("description") or " ".join((fn.__doc__ or "").split())
         super().add_tool(fn, *args, **kwargs)
 
+    async def serve_streams(self, received: Any, to_send: Any) -> None:
+        """Serve one client over a pair of message streams, until the client hangs up."""
+        await self._lowlevel_server.run(received, to_send, self._lowlevel_server.create_initialization_options())
+
     async def list_tools(self) -> list[Tool]:
         """The tools, in the order in which they were added."""
         if not self._tools:
@@ -815,8 +821,60 @@ def serve(parser: argparse.ArgumentParser, build: Callable[[argparse.Namespace, 
         anyio.run(_serve_stdio, server)
 
 
+class _PipeLines:
+    """The two ends of stdio as `stdio_server` wants them: lines to iterate over, and something to write and flush."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader = reader
+        self._writer = writer
+
+    def __aiter__(self) -> "_PipeLines":
+        return self
+
+    async def __anext__(self) -> bytes:
+        try:
+            line = await self._reader.readline()
+        except ValueError:  # longer than MAX_MESSAGE: answered like any other line that is no message
+            return b"too long"
+        if not line:
+            raise StopAsyncIteration
+        return line
+
+    async def write(self, text: str) -> None:
+        self._writer.write(text.encode())
+
+    async def flush(self) -> None:
+        with suppress(ConnectionError):  # the client has gone; the end of stdin will say so
+            await self._writer.drain()
+
+
+async def _open_pipes() -> _PipeLines | None:
+    """Serve stdin and stdout on the event loop, in place of the SDK's transport, which moves every line through worker
+    threads: that is more than half of what a small call costs. None where the loop cannot (a file, a terminal,
+    Windows), so that the SDK's is used."""
+    ends = [os.fstat(0), os.fstat(1)]
+    if sys.platform == "win32" or not all(stat.S_ISFIFO(end.st_mode) or stat.S_ISSOCK(end.st_mode) for end in ends):
+        return None
+    if os.path.samestat(*ends):  # one socket for both ways: asyncio would take what comes in for a hang-up
+        return None
+    # The protocol moves to descriptors of its own, so that a stray print, or a child process, cannot write into it.
+    stdin, stdout = os.fdopen(os.dup(0), "rb", buffering=0), os.fdopen(os.dup(1), "wb", buffering=0)
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    os.close(null)
+    os.dup2(2, 1)
+    loop = asyncio.get_running_loop()
+    reader = asyncio.StreamReader(limit=MAX_MESSAGE)
+    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), stdin)
+    sink, protocol = await loop.connect_write_pipe(asyncio.streams.FlowControlMixin, stdout)
+    sink.set_write_buffer_limits(high=0)  # flush returns when all is written, not when the rest is small
+    return _PipeLines(reader, asyncio.StreamWriter(sink, protocol, None, loop))
+
+
 async def _serve_stdio(server: Server) -> None:
-    await server.run_stdio_async()
+    pipes: Any = await _open_pipes()
+    async with stdio_server(pipes, pipes) as (received, to_send):
+        await server.serve_streams(received, to_send)
     # The client has gone. A worker thread that is stuck in a system call must not keep the process alive.
     sys.stderr.flush()
     os._exit(0)

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import socket
 import subprocess
 import sys
 import threading
@@ -10,6 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from conftest import PROJECT, Stdio
 
 Start = Callable[..., Stdio]
@@ -212,6 +214,51 @@ def test_garbage_on_stdin_does_not_end_the_server(tmp_path: Path, stdio: Start) 
     ):
         server.process.stdin.write(line)
     assert server.text("read_file", path="a") == "fine"
+
+
+INITIALIZE = (
+    b'{"jsonrpc":"2.0","id":1,"method":"initialize","params":{"protocolVersion":"2025-06-18","capabilities":{},'
+    b'"clientInfo":{"name":"test","version":"1"}}}\n'
+)
+
+
+@pytest.mark.parametrize("kind", ["file", "one socket", "two sockets", "pipes"])
+def test_stdin_and_stdout_may_be_of_any_kind(tmp_path: Path, kind: str) -> None:
+    command = [sys.executable, "fs_server.py", str(tmp_path)]
+    if kind == "file":
+        (tmp_path / "in").write_bytes(INITIALIZE)
+        with (tmp_path / "in").open() as stdin:
+            done = subprocess.run(command, stdin=stdin, capture_output=True, cwd=PROJECT, check=True)
+        assert b'"serverInfo"' in done.stdout
+        return
+    if kind == "pipes":
+        (mine_in, theirs_out), (theirs_in, mine_out) = os.pipe(), os.pipe()
+    else:
+        first, second = socket.socketpair(), socket.socketpair()
+        mine_out, theirs_in = first[0].detach(), first[1].detach()
+        mine_in, theirs_out = second[0].detach(), second[1].detach()
+        if kind == "one socket":
+            os.close(mine_in)
+            os.close(theirs_out)
+            mine_in, theirs_out = os.dup(mine_out), os.dup(theirs_in)
+    with subprocess.Popen(command, stdin=theirs_in, stdout=theirs_out, cwd=PROJECT) as process:
+        os.close(theirs_in)
+        os.close(theirs_out)
+        os.write(mine_out, INITIALIZE)
+        assert b'"serverInfo"' in os.read(mine_in, 100_000)
+        os.write(mine_out, INITIALIZE.replace(b'"id":1', b'"id":2'))
+        assert b'"id":2' in os.read(mine_in, 100_000)
+        os.close(mine_out)
+        os.close(mine_in)
+        assert process.wait(10) == 0
+
+
+def test_messages_of_any_size_get_through(tmp_path: Path, stdio: Start) -> None:
+    (tmp_path / "big.txt").write_text("0123456789\n" * 900_000)
+    server = stdio("fs_server.py", str(tmp_path), "--write", "--max-output", "0")
+    assert server.text("read_file", path="big.txt") == "0123456789\n" * 900_000
+    server.text("write_file", path="copy.txt", content="\u20ac\n" * 2_000_000)
+    assert (tmp_path / "copy.txt").stat().st_size == 8_000_000
 
 
 def test_nothing_but_the_protocol_is_on_stdout(tmp_path: Path, stdio: Start) -> None:
