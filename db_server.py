@@ -26,7 +26,6 @@ import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, NamedTuple
 
 import aiosqlite
@@ -42,6 +41,8 @@ MAX_REQUEST = 2_000_000  # bytes of statement and parameters together
 MAX_PARAMETERS = 32_766  # SQLite's own default
 MAX_ROWS = 1_000_000  # for `limit`; what fits into a result is usually far less
 MAX_CELL = 10_000  # characters of one cell: a quarter of a result
+MAX_NAME = 1_000  # characters of one column's name: without AS it is the whole expression
+MAX_RESULT = 64 * 2**20  # characters of a result when --max-output sets no limit: the server's memory has one
 MAX_HEAP = 128 * 2**20  # bytes that SQLite may allocate in one worker: sorts, groups, temporary tables, page cache
 MAX_PROCESS = 768 * 2**20  # bytes of address space of one worker, where the system can limit it (Linux)
 SAFE_INTEGER = 2**53  # above it, JavaScript clients lose digits
@@ -78,7 +79,7 @@ DENIED = {
         " FUNCTION INSERT PRAGMA REINDEX SAVEPOINT TRANSACTION UPDATE"
     ).split()
 }
-DENIED_FUNCTIONS = {"load_extension", "fts3_tokenizer"}  # both run code from outside the database
+DENIED_FUNCTIONS = {"load_extension", "fts3_tokenizer", "optimize"}  # foreign code, and a write to an FTS index
 PRAGMAS = frozenset(  # read without an argument; with one, most of them would set something
     "application_id auto_vacuum busy_timeout cache_size collation_list compile_options data_version database_list"
     " encoding foreign_keys freelist_count function_list journal_mode module_list page_count page_size pragma_list"
@@ -170,7 +171,7 @@ def open_read_only(files: Sequence[Sequence[str]]) -> tuple[sqlite3.Connection, 
 
 # ------------------------------------------------------------------------------------------------- rows as JSON
 
-_encode_text = json.JSONEncoder(ensure_ascii=False).encode
+_encode_text = json.encoder.encode_basestring  # a text in quotes; JSONEncoder.encode takes a detour to it
 _CONTINUATION = bytes(range(0x80, 0xC0))  # what follows the first byte of a UTF-8 character
 
 
@@ -181,16 +182,19 @@ class Cut(NamedTuple):
     length: int  # of the whole, in characters
 
 
-def read_text(data: bytes, width: int) -> str | Cut:
-    """A TEXT cell of at most `width` characters. Bytes that are no UTF-8 become `\\xNN`: an error would hide the row.
-
-    SQLite hands over one cell at a time, so cutting here keeps a row of many long texts out of memory.
+def text_reader(width: int) -> Callable[[bytes], str | Cut]:
+    r"""What reads a TEXT cell of at most `width` characters. Bytes that are no UTF-8 become `\xNN`: an error would
+    hide the row. SQLite hands over one cell at a time, so cutting here keeps a row of many long texts out of memory.
     """
-    if len(data) <= width:
-        return data.decode("utf-8", "backslashreplace")
-    text = data[: 4 * width].decode("utf-8", "backslashreplace")
-    length = len(data.translate(None, _CONTINUATION))
-    return text if len(text) <= width and length <= width else Cut(text[:width], length)
+
+    def read(data: bytes) -> str | Cut:
+        if len(data) <= width:
+            return data.decode("utf-8", "backslashreplace")
+        head = data[: 4 * width].decode("utf-8", "backslashreplace")[:width]
+        length = len(data.translate(None, _CONTINUATION))
+        return Cut(head, length) if length > width else head
+
+    return read
 
 
 def shorten(value: Any, width: int) -> Any:
@@ -246,9 +250,11 @@ def squeeze(row: tuple[Any, ...], room: int) -> tuple[Any, ...]:
 
 def read_rows(cursor: sqlite3.Cursor, limit: int, offset: int, max_output: int) -> Answer:
     """The rows from `offset` on, as far as `limit` and `max_output` allow; one more is fetched to know if there is."""
-    header = '{"columns": ' + _encode_text([column[0] for column in cursor.description]) + ', "rows": ['
-    room = max_output - len(header) - 300 if max_output else sys.maxsize  # 300: the last line and the trailer
-    if room < max_output // 2:
+    names = [name if len(name) <= MAX_NAME else name[:MAX_NAME] + "…" for name, *_ in cursor.description]
+    header = '{"columns": ' + json.dumps(names, ensure_ascii=False) + ', "rows": ['
+    max_output = max_output or MAX_RESULT
+    room = max_output - len(header) - min(300, max_output // 4)  # for the last line and the trailer
+    if room < max_output // 4:
         raise QueryError(f"the column names alone take {len(header)} characters; name fewer columns, or shorter ones")
     for skipped in range(offset):
         if cursor.fetchone() is None:
@@ -337,6 +343,10 @@ def explain(connection: sqlite3.Connection, *, sql: str, params: Any, max_output
     """What `explain_query` answers: one line a step, indented below the step that it belongs to."""
     if re.match(r"\s*EXPLAIN\b", sql, re.IGNORECASE):
         raise QueryError("the statement begins with EXPLAIN; pass it without")
+    # The authorizer is not asked about VACUUM before it runs, so look at what the statement was compiled to.
+    for _, operation, _, writes, *_ in execute(connection, f"EXPLAIN {sql}", params):
+        if operation == "Vacuum" or (operation == "Transaction" and writes):
+            raise QueryError(MESSAGES["SQLITE_READONLY"])
     cursor = execute(connection, f"EXPLAIN QUERY PLAN {sql}", params)
     depth = {0: -1}
     lines: list[str] = []
@@ -600,13 +610,16 @@ def sentence(connection: sqlite3.Connection, exc: BaseException, sql: str, refus
     if not isinstance(exc, sqlite3.Error | sqlite3.Warning):
         traceback.print_exception(exc)  # to the log; to the model it says nothing
         return "the statement failed inside the server, and the reason is in its log; write it in another way"
-    return f"{text[:1].lower()}{text[1:500].rstrip('.')}; correct the statement (SQLite {sqlite3.sqlite_version})"
+    if text[1:2].islower():
+        text = text[0].lower() + text[1:]
+    return f"{text[:500].rstrip('.')}; correct the statement (SQLite {sqlite3.sqlite_version})"
 
 
 LESS_MEMORY = "sort or group fewer rows, name fewer columns, and read large values with length() or substr()"
 MESSAGES = {  # the beginning of SQLite's name for the error, or a part of the text of Python's
     "SQLITE_AUTH": "this server only reads: {refused} is refused; write a SELECT, or a WITH, VALUES, EXPLAIN or"
     " PRAGMA that reads",
+    "not authorized": "this server only reads: {refused} is refused; use another function",
     "SQLITE_INTERRUPT": "the statement was stopped at the limit of {seconds:g} s; read fewer rows with WHERE or an"
     " index (explain_query shows the plan), or aggregate less",
     "SQLITE_TOOBIG": "a value or the statement is larger than SQLite's limit; leave the column out, or pass less",
@@ -666,7 +679,7 @@ class Reader(aiosqlite.Connection):
 
     def _open(self) -> sqlite3.Connection:
         connection, self._authorizer = open_read_only(self._files)
-        connection.text_factory = partial(read_text, width=self._width)
+        connection.text_factory = text_reader(self._width)
         return connection
 
     async def answer(self, request: bytes) -> None:
@@ -964,7 +977,7 @@ def build_server(
 ) -> Server:
     """A server for the named SQLite files. Raises ConfigError when one cannot be served."""
     schemas = name_schemas([check_file(file) for file in files])
-    width = MAX_CELL if options.max_output else sys.maxsize // 8
+    width = MAX_CELL if options.max_output else MAX_RESULT // 8
     pool = Pool(schemas, timeout, width)
     named = zip(files, schemas[-len(files) :], strict=True)
     names = ", ".join(f"{Path(file).name} as {schema}" for file, (schema, _) in named)
