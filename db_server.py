@@ -332,6 +332,7 @@ def run_query(
     connection: sqlite3.Connection, *, sql: str, params: Any, limit: int, offset: int, max_output: int
 ) -> Answer:
     """What `query_database` answers."""
+    connection.text_factory = text_reader(MAX_CELL if max_output else MAX_RESULT // 8)
     cursor = execute(connection, sql, params)
     try:
         return read_rows(cursor, limit, offset, max_output)
@@ -382,7 +383,7 @@ def find_schema(connection: sqlite3.Connection, schema: str) -> str:
     for name in names:
         if name.lower() == schema.lower():
             return name
-    raise QueryError(f"no such schema: {schema}; there is {', '.join(names)}")
+    raise QueryError(f"no such schema: {schema}; the schemas are {', '.join(names)}")
 
 
 def find_table(connection: sqlite3.Connection, schema: str, table: str) -> tuple[str, str, str]:
@@ -392,7 +393,7 @@ def find_table(connection: sqlite3.Connection, schema: str, table: str) -> tuple
         "SELECT name, type FROM pragma_table_list WHERE schema = ? AND name = ? COLLATE NOCASE", (schema, table)
     ).fetchone()
     if found is None:
-        raise QueryError(f"no such table: {table}{nearest(connection, 'table', table, '')}")
+        raise QueryError(f"no such table: {table}{nearest(connection, 'table', table.replace('.', ' '), '')}")
     return schema, found[0], found[1]
 
 
@@ -418,11 +419,15 @@ def tables(connection: sqlite3.Connection, *, schema: str, pattern: str, offset:
     schema = find_schema(connection, schema)
     glob = (pattern or "*").lower().replace("%", "*")
     found = [row for row in connection.execute(OBJECTS, (schema,)) if _matches(connection, row[0], glob)]
+    if offset and offset >= len(found):
+        raise QueryError(f"offset={offset} is past the end: there are {len(found)} tables; use a smaller offset")
     estimates = row_estimates(connection, schema, [name for name, kind, _ in found if kind == "table"])
     lines: list[str] = []
     used = 0
     for name, kind, columns in found[offset:]:
-        entry: dict[str, Any] = {"name": name, "type": kind, "columns": columns}
+        entry: dict[str, Any] = {"name": name, "type": kind}
+        if kind != "virtual":  # what SQLite counts there includes hidden columns
+            entry["columns"] = columns
         if name in estimates:
             entry["row_estimate"] = estimates[name]
         lines.append(json.dumps(entry, ensure_ascii=False))
@@ -507,13 +512,14 @@ def foreign_keys(connection: sqlite3.Connection, schema: str, table: str) -> lis
 def sample(connection: sqlite3.Connection, schema: str, table: str, seconds: float) -> tuple[list[Any], str]:
     """The first rows of a table and "", or no rows and why: a slow view or a huge value must not hide the columns."""
     limit_time(connection, seconds)
+    connection.text_factory = text_reader(SAMPLE_CELL)
     statement = f"SELECT * FROM {quoted(schema)}.{quoted(table)} LIMIT {SAMPLE_ROWS}"  # noqa: S608
     try:
         rows = connection.execute(statement).fetchall()
     except (sqlite3.Error, MemoryError) as exc:
         reason = f"took longer than {seconds:g} s" if _is_interrupt(exc) else "cannot be read, a value may be too large"
         return [], f"no sample rows: they {reason}; query single columns"
-    return [json.loads(json_row(shorten(value, SAMPLE_CELL) for value in row)) for row in rows], ""
+    return [json.loads(json_row(row)) for row in rows], ""
 
 
 def _shrink(result: dict[str, Any], max_output: int) -> str:
@@ -553,32 +559,47 @@ def all_tables(connection: sqlite3.Connection) -> Answer:
 
 # -------------------------------------------------------------------------------------------------------- errors
 
-CANDIDATES = {
-    "table": "SELECT name FROM pragma_table_list WHERE type <> 'shadow'",
-    # Columns of the tables that the statement names come first.
-    "column": """SELECT c.name FROM pragma_table_list AS t JOIN pragma_table_xinfo(t.name, t.schema) AS c
-        WHERE t.type <> 'shadow' AND t.name <> 'sqlite_schema' ORDER BY instr(lower(?), lower(t.name)) = 0""",
-    "function": "SELECT name FROM pragma_function_list",
-}
-
 
 def nearest(connection: sqlite3.Connection, kind: str, name: str, sql: str) -> str:
     """The end of a "no such" message: the nearest names there are, or what there is."""
     import difflib  # only here: a worker starts faster without it
 
-    cursor = connection.execute(CANDIDATES[kind], (sql,) if kind == "column" else ())
-    names = list(dict.fromkeys(str(row[0]) for row in cursor.fetchmany(MAX_NAMES)))
-    cursor.close()
-    by_lower = {candidate.lower(): candidate for candidate in reversed(names)}
-    close = difflib.get_close_matches(name.rpartition(".")[2].strip("\"'`[]").lower()[:100], by_lower, 3, 0.6)
+    schema, _, name = name.rpartition(".")
+    schemas = schemas_of(connection)
+    if kind == "table" and schema and schema.lower() not in (known.lower() for known in schemas):
+        return f"; the schemas are {', '.join(schemas)}"
+    names = NAMES[kind](connection, sql)
+    by_lower = {candidate.lower(): candidate for candidate in reversed(names)}  # of equal ones, the first
+    close = difflib.get_close_matches(name.strip("\"'`[]").lower()[:100], by_lower, 3, 0.6)
     if close:
         return f"; did you mean {' or '.join(by_lower[match] for match in close)}?"
-    if kind == "table" and names:
-        shown = [candidate for candidate in names if not candidate.startswith("sqlite_")][:20]
-        return f"; there is {', '.join(shown)}" if shown else "; the database has no tables"
+    if kind == "table":
+        return f"; the tables are {', '.join(names[:20])}" if names else "; the database has no tables"
     return "; describe_table shows the columns" if kind == "column" else f"; SQLite {sqlite3.sqlite_version} has none"
 
 
+def _table_names(connection: sqlite3.Connection, _: str = "") -> list[str]:
+    found = connection.execute(
+        "SELECT name FROM pragma_table_list WHERE type <> 'shadow' AND name NOT LIKE 'sqlite^_%' ESCAPE '^'"
+    )
+    return list(dict.fromkeys(row[0] for row in found.fetchmany(MAX_NAMES)))
+
+
+def _column_names(connection: sqlite3.Connection, sql: str) -> list[str]:
+    """Columns of the tables that the statement names come first."""
+    names: dict[str, None] = {}
+    for table in sorted(_table_names(connection), key=lambda table: table.lower() not in sql.lower()):
+        if len(names) < MAX_NAMES:
+            with suppress(sqlite3.Error):  # a view of a table that is gone
+                names |= dict.fromkeys(row[1] for row in connection.execute(f"PRAGMA table_xinfo({quoted(table)})"))
+    return list(names)
+
+
+def _function_names(connection: sqlite3.Connection, _: str) -> list[str]:
+    return [row[0] for row in connection.execute("SELECT DISTINCT name FROM pragma_function_list")]
+
+
+NAMES = {"table": _table_names, "column": _column_names, "function": _function_names}
 BINDINGS = re.compile(r"current statement uses (\d+), and there are (\d+) supplied")
 NO_SUCH = re.compile(r"no such (table|column|function): (.+)")
 
@@ -600,7 +621,9 @@ def sentence(connection: sqlite3.Connection, exc: BaseException, sql: str, refus
     if "null character" in text:
         return "the statement contains a NUL character; remove it, or pass the text in params"
     if counts := BINDINGS.search(text):
-        return f"the statement has {counts[1]} placeholders and params has {counts[2]} values; pass one for each"
+        return f"placeholders in the statement: {counts[1]}, values in params: {counts[2]}; pass one for each"
+    if missing := re.search(r"binding parameter (\S+?)\.?$", text):
+        return f"params has no value for {missing[1]}; pass one for each placeholder"
     if found := NO_SUCH.search(text):
         with suppress(sqlite3.Error):
             return f"no such {found[1]}: {found[2]}{nearest(connection, found[1], found[2], sql)}"
@@ -615,7 +638,7 @@ def sentence(connection: sqlite3.Connection, exc: BaseException, sql: str, refus
     return f"{text[:500].rstrip('.')}; correct the statement (SQLite {sqlite3.sqlite_version})"
 
 
-LESS_MEMORY = "sort or group fewer rows, name fewer columns, and read large values with length() or substr()"
+LESS_MEMORY = "sort or group fewer rows, name fewer columns, and of huge values read only length()"
 MESSAGES = {  # the beginning of SQLite's name for the error, or a part of the text of Python's
     "SQLITE_AUTH": "this server only reads: {refused} is refused; write a SELECT, or a WITH, VALUES, EXPLAIN or"
     " PRAGMA that reads",
@@ -634,7 +657,6 @@ MESSAGES = {  # the beginning of SQLite's name for the error, or a part of the t
     " mode, its directory must be writable unless another program has it open)",
     "SQLITE_IOERR": "the database file cannot be read (input/output error); try again",
     "one statement": "a call runs one statement; send the others in calls of their own",
-    "did not supply a value": "params lacks a value for one of the statement's named placeholders; pass one for each",
     "has no name, but": "the statement's placeholders are ?, which have no names; pass params as a list",
 }
 
@@ -673,13 +695,12 @@ def frame(body: bytes) -> bytes:
 class Reader(aiosqlite.Connection):
     """A read-only connection on a thread of its own, which answers requests on standard output."""
 
-    def __init__(self, files: Sequence[Sequence[str]], seconds: float, width: int) -> None:
-        self._files, self._seconds, self._width = files, seconds, width
+    def __init__(self, files: Sequence[Sequence[str]], seconds: float) -> None:
+        self._files, self._seconds = files, seconds
         super().__init__(self._open, iter_chunk_size=64)
 
     def _open(self) -> sqlite3.Connection:
         connection, self._authorizer = open_read_only(self._files)
-        connection.text_factory = text_reader(self._width)
         return connection
 
     async def answer(self, request: bytes) -> None:
@@ -693,6 +714,7 @@ class Reader(aiosqlite.Connection):
             operation, arguments = json.loads(request)
             sql = arguments.get("sql", "")
             limit_time(connection, self._seconds)
+            connection.text_factory = text_reader(MAX_RESULT)
             text, facts, resume = REQUESTS[operation](connection, **arguments)
             body = json.dumps({"facts": facts, "resume": resume}).encode() + b"\n" + text.encode()
         except QueryError as exc:
@@ -754,7 +776,7 @@ from urllib.parse import quote
 
 import anyio
 from common import READ_ONLY, ConfigError, Options, Server, argument_parser, serve, trailer
-from mcp.server.mcpserver.exceptions import ResourceError, ToolError
+from mcp.server.mcpserver.exceptions import ResourceError, ResourceNotFoundError, ToolError
 from mcp.server.mcpserver.resources.templates import ResourceSecurity
 from mcp_types import Resource
 from pydantic import BaseModel, Field
@@ -811,7 +833,6 @@ class Pool:
 
     files: Sequence[tuple[str, str]]  # schema name and URI
     seconds: float
-    width: int
     idle: list[Worker] = field(default_factory=list[Worker])
     workers: set[Worker] = field(default_factory=set[Worker])
     users: int = 0
@@ -841,7 +862,7 @@ class Pool:
 
     async def start(self) -> Worker:
         """A new worker."""
-        worker = await Worker.start({"files": self.files, "seconds": self.seconds, "width": self.width})
+        worker = await Worker.start({"files": self.files, "seconds": self.seconds})
         self.workers = {other for other in self.workers if other.process.returncode is None} | {worker}
         return worker
 
@@ -894,7 +915,7 @@ class Pool:
 
 
 class Column(BaseModel):
-    """One column of a table."""
+    """A column."""
 
     name: str
     type: str
@@ -904,7 +925,7 @@ class Column(BaseModel):
 
 
 class Index(BaseModel):
-    """One index of a table."""
+    """An index."""
 
     name: str
     columns: list[str]
@@ -913,7 +934,7 @@ class Index(BaseModel):
 
 
 class ForeignKey(BaseModel):
-    """One foreign key; no `references` means the primary key of the table."""
+    """A foreign key; no references: to the primary key."""
 
     columns: list[str]
     table: str
@@ -923,7 +944,7 @@ class ForeignKey(BaseModel):
 
 
 class TableDescription(BaseModel):
-    """What describe_table returns."""
+    """A table or view."""
 
     table: str
     schema_: str = Field(alias="schema")
@@ -932,18 +953,18 @@ class TableDescription(BaseModel):
     primary_key: list[str]
     indexes: list[Index]
     foreign_keys: list[ForeignKey]
-    sample_rows: list[list[str | int | float | None]]
+    sample_rows: list[list[Any]]
     note: str
 
 
 SQL = Annotated[str, Field(description="One SQLite statement that reads", max_length=MAX_SQL)]
 PARAMS = Annotated[
     list[Any] | dict[str, Any] | None,
-    Field(description="Values for ? placeholders as a list, for :name placeholders as an object"),
+    Field(description="List for ? placeholders, object for :name placeholders"),
 ]
-SCHEMA = Annotated[str, Field(description="Name of an attached file; main is the first", max_length=200)]
+SCHEMA = Annotated[str, Field(description="Attached file; main is the first", max_length=200)]
 TABLE = Annotated[str, Field(description="Name of a table or view", max_length=1000)]
-OFFSET = Annotated[int, Field(description="Skip so many rows: where a cut result said to continue", ge=0, strict=True)]
+OFFSET = Annotated[int, Field(description="Skip so many: what a cut result said", ge=0, strict=True)]
 NAME = ResourceSecurity(exempt_params={"schema", "table"})  # names of tables, whatever they look like, are no paths
 
 
@@ -977,8 +998,7 @@ def build_server(
 ) -> Server:
     """A server for the named SQLite files. Raises ConfigError when one cannot be served."""
     schemas = name_schemas([check_file(file) for file in files])
-    width = MAX_CELL if options.max_output else MAX_RESULT // 8
-    pool = Pool(schemas, timeout, width)
+    pool = Pool(schemas, timeout)
     named = zip(files, schemas[-len(files) :], strict=True)
     names = ", ".join(f"{Path(file).name} as {schema}" for file, (schema, _) in named)
     server = DatabaseServer(
@@ -1033,7 +1053,7 @@ def build_server(
         try:
             return await pool.call(create_statement, schema=schema, table=table, max_output=cut)
         except ToolError as exc:
-            raise ResourceError(str(exc)) from None
+            raise (ResourceNotFoundError if "no such" in str(exc) else ResourceError)(str(exc)) from None
 
     return server
 
