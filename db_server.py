@@ -870,10 +870,10 @@ class Pool:
     async def worker(self) -> AsyncGenerator[Worker]:
         """A worker for one call. If the call does not end as it should, the worker does."""
         try:
-            async with asyncio.timeout(self.seconds):
+            async with asyncio.timeout(self.seconds + 2 * GRACE):  # as long as it takes until a runaway has ended
                 await self.slots.acquire()
         except TimeoutError:
-            raise ToolError(f"all {POOL_SIZE} connections have been busy for {self.seconds:g} s; try again") from None
+            raise ToolError(f"all {POOL_SIZE} connections are busy with slow statements; try again later") from None
         try:
             worker = None
             while self.idle and worker is None:
@@ -997,6 +997,8 @@ def build_server(
     options: Options = Options(),  # noqa: B008 -- frozen
 ) -> Server:
     """A server for the named SQLite files. Raises ConfigError when one cannot be served."""
+    if not 1 <= len(files) <= MAX_FILES:
+        raise ConfigError(f"{len(files)} files are named; SQLite serves at least 1 and at most {MAX_FILES} together")
     schemas = name_schemas([check_file(file) for file in files])
     pool = Pool(schemas, timeout)
     named = zip(files, schemas[-len(files) :], strict=True)
@@ -1100,9 +1102,9 @@ def name_schemas(paths: Sequence[Path]) -> list[tuple[str, str]]:
 
 def _seconds(text: str) -> float:
     with suppress(ValueError):
-        if 0.1 <= float(text) <= 20:  # with waiting for a worker, a call stays within 30 s
+        if 0.1 <= float(text) <= 25:  # a tool call may take 30 s in all
             return float(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from 0.1 to 20")
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from 0.1 to 25")
 
 
 def main() -> None:
