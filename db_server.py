@@ -96,10 +96,10 @@ def quoted(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
 
 
-def open_files(files: Sequence[Sequence[str]]) -> sqlite3.Connection:
+def open_files(files: Sequence[Sequence[str]], busy_time: float = BUSY_TIME) -> sqlite3.Connection:
     """Layer 1: a connection to pairs of schema name and `file:` URI; the URIs say mode=ro. The first is `main`."""
     connection = sqlite3.connect(
-        files[0][1], uri=True, isolation_level=None, timeout=BUSY_TIME, cached_statements=0, check_same_thread=False
+        files[0][1], uri=True, isolation_level=None, timeout=busy_time, cached_statements=0, check_same_thread=False
     )
     try:
         for schema, uri in files[1:]:
@@ -718,11 +718,11 @@ class Reader(aiosqlite.Connection):
             text, facts, resume = REQUESTS[operation](connection, **arguments)
             body = json.dumps({"facts": facts, "resume": resume}).encode() + b"\n" + text.encode()
         except QueryError as exc:
-            body = json.dumps({"error": str(exc)}).encode()
+            body = json.dumps({"error": " ".join(str(exc).split())}).encode()
         except Exception as exc:
             limit_time(connection, SAMPLE_TIME)
             error = sentence(connection, exc, sql, self._authorizer.refused, self._seconds)
-            body = json.dumps({"error": error}).encode()
+            body = json.dumps({"error": " ".join(error.split())}).encode()
         send(body)
 
 
@@ -796,6 +796,7 @@ class Worker:
         self.process, self.stdin, self.stdout = process, process.stdin, process.stdout
         self.started = time.monotonic()
         self.greeted = False
+        self.reads: object = None  # which files, by device and inode
 
     @classmethod
     async def start(cls, config: Mapping[str, object]) -> "Worker":
@@ -831,10 +832,12 @@ class Worker:
 class Pool:
     """Up to POOL_SIZE workers; each serves one call at a time, and dies with a call that it cannot end."""
 
+    paths: Sequence[Path]
     files: Sequence[tuple[str, str]]  # schema name and URI
     seconds: float
     idle: list[Worker] = field(default_factory=list[Worker])
     workers: set[Worker] = field(default_factory=set[Worker])
+    slots: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(POOL_SIZE))
     users: int = 0
 
     @asynccontextmanager
@@ -862,9 +865,17 @@ class Pool:
 
     async def start(self) -> Worker:
         """A new worker."""
+        there = self.there()
         worker = await Worker.start({"files": self.files, "seconds": self.seconds})
+        worker.reads = there
         self.workers = {other for other in self.workers if other.process.returncode is None} | {worker}
         return worker
+
+    def there(self) -> object:
+        """Which files the paths lead to just now: one that was replaced must not be read from its old inode."""
+        with suppress(OSError):
+            return [(status.st_dev, status.st_ino) for status in map(os.stat, self.paths)]
+        return None
 
     @asynccontextmanager
     async def worker(self) -> AsyncGenerator[Worker]:
@@ -875,13 +886,7 @@ class Pool:
         except TimeoutError:
             raise ToolError(f"all {POOL_SIZE} connections are busy with slow statements; try again later") from None
         try:
-            worker = None
-            while self.idle and worker is None:
-                worker = self.idle.pop()
-                if worker.process.returncode is not None or time.monotonic() - worker.started > RECYCLE:
-                    worker.kill()
-                    worker = None
-            worker = worker or await self.start()
+            worker = self.take() or await self.start()
             try:
                 yield worker
             except BaseException:  # also a cancelled call: nothing else stops its SQL for certain
@@ -890,6 +895,17 @@ class Pool:
             self.idle.append(worker)
         finally:
             self.slots.release()
+
+    def take(self) -> Worker | None:
+        """An idle worker that is alive, young, and has the right files open."""
+        there = self.there()
+        while self.idle:
+            worker = self.idle.pop()
+            young = time.monotonic() - worker.started < RECYCLE
+            if young and worker.reads == there and worker.process.returncode is None:
+                return worker
+            worker.kill()
+        return None
 
     async def call(self, function: Callable[..., Answer], **arguments: object) -> str:
         """What a worker answers, with its trailer. Raises ToolError."""
@@ -971,7 +987,9 @@ NAME = ResourceSecurity(exempt_params={"schema", "table"})  # names of tables, w
 class DatabaseServer(Server):
     """Lists the tables there are just now as resources."""
 
-    pool: Pool
+    def __init__(self, pool: Pool, instructions: str, options: Options) -> None:
+        super().__init__("db-server", instructions, options, lifespan=pool.running)
+        self.pool = pool
 
     async def list_resources(self) -> list[Resource]:
         """One resource for each table or view."""
@@ -995,21 +1013,17 @@ def build_server(
     *,
     timeout: float = TIMEOUT,
     options: Options = Options(),  # noqa: B008 -- frozen
-) -> Server:
+) -> DatabaseServer:
     """A server for the named SQLite files. Raises ConfigError when one cannot be served."""
     if not 1 <= len(files) <= MAX_FILES:
         raise ConfigError(f"{len(files)} files are named; SQLite serves at least 1 and at most {MAX_FILES} together")
-    schemas = name_schemas([check_file(file) for file in files])
-    pool = Pool(schemas, timeout)
+    paths = [check_file(file) for file in files]
+    schemas = name_schemas(paths)
+    pool = Pool(paths, schemas, timeout)
     named = zip(files, schemas[-len(files) :], strict=True)
     names = ", ".join(f"{Path(file).name} as {schema}" for file, (schema, _) in named)
-    server = DatabaseServer(
-        "db-server",
-        f"Read-only SQL (SQLite) on {names}. Begin with list_tables and describe_table.",
-        options,
-        lifespan=pool.running,
-    )
-    server.pool = pool
+    instructions = f"Read-only SQL (SQLite) on {names}. Begin with list_tables and describe_table."
+    server = DatabaseServer(pool, instructions, options)
     cut = options.max_output
 
     @server.tool(annotations=READ_ONLY, structured_output=False)
@@ -1073,7 +1087,7 @@ def check_file(file: str | Path) -> Path:
     if not stat.S_ISREG(mode):  # opening a FIFO would wait for ever
         raise ConfigError(f"{file} is a {'directory' if stat.S_ISDIR(mode) else 'device'}; name an SQLite file")
     try:
-        open_files([("main", f"{path.as_uri()}?mode=ro")]).close()
+        open_files([("main", f"{path.as_uri()}?mode=ro")], busy_time=0).close()
     except sqlite3.Error as exc:
         code = exc.sqlite_errorname
         if not code.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):  # locked just now is no reason not to start

@@ -19,6 +19,7 @@ import pytest
 from common import ConfigError, Options
 from conftest import PROJECT, Stdio, ok, refused
 from mcp import Client, MCPError
+from mcp_types import TextResourceContents
 
 import db_server
 from db_server import build_server
@@ -224,7 +225,7 @@ async def test_another_program_can_write_after_every_kind_of_failure(client: Cli
     assert await rows(client, "SELECT count(*) FROM orders") == [[7]]
 
 
-LEGITIMATE = [
+LEGITIMATE: list[tuple[str, list[list[Any]]]] = [
     ("SELECT 1", [[1]]),
     ("select name from customers where id = 1;", [["Ada"]]),
     ("SELECT 1;;\n ; ", [[1]]),
@@ -355,6 +356,7 @@ def test_without_one_layer_the_others_still_protect_the_file(tmp_path: Path, mis
 
 # ---------------------------------------------------------------------------------------------------- runaways
 
+COUNT = "WITH RECURSIVE c(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM c WHERE n < {})"
 ENDLESS = "WITH RECURSIVE c(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM c)"
 ZEROS = "CAST(zeroblob({}) AS TEXT)"
 STOPPED = "the statement was stopped at the limit of 0.4 s"
@@ -552,7 +554,7 @@ async def test_a_result_is_one_row_a_line_and_valid_json(client: Client) -> None
     assert result.structured_content is None
 
 
-VALUES = [
+VALUES: list[tuple[str, Any]] = [
     ("NULL", None),
     ("9007199254740992", 9007199254740992),
     ("9007199254740993", "9007199254740993"),
@@ -595,7 +597,7 @@ async def test_a_long_cell_is_cut_and_says_its_length(client: Client) -> None:
 
 
 async def test_a_result_stays_within_its_budget_and_pages_can_be_put_together(file: Path) -> None:
-    sql = "WITH RECURSIVE c(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM c WHERE n < 500) SELECT n, hex(zeroblob(n % 50)) FROM c"
+    sql = f"{COUNT.format(500)} SELECT n, hex(zeroblob(n % 50)) FROM c"
     async with Client(build_server([file], options=Options(max_output=2_000))) as client:
         numbers: list[int] = []
         more = True
@@ -626,13 +628,13 @@ async def test_a_row_larger_than_the_budget_is_shown_with_shorter_cells(file: Pa
 
 async def test_without_a_limit_on_output_nothing_is_cut(file: Path) -> None:
     async with Client(build_server([file], options=Options(max_output=0))) as client:
-        sql = "WITH RECURSIVE c(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM c WHERE n < 100000) SELECT n, 'name' || n FROM c"
+        sql = f"{COUNT.format(100_000)} SELECT n, 'name' || n FROM c"
         result = parsed(await ok(client, "query_database", query=sql, limit=100_000))
         assert (result["row_count"], result["truncated"]) == (100_000, False)
         assert await rows(client, "SELECT hex(zeroblob(20000))") == [["0" * 40_000]]
 
 
-PARAMETERS = [
+PARAMETERS: list[tuple[str, Any, Any]] = [
     ("SELECT ?, ?", [1, "a"], [[1, "a"]]),
     ("SELECT ?2, ?1", [1, 2], [[2, 1]]),
     ("SELECT :a, @b, $c", {"a": 1, "b": None, "c": 1.5}, [[1, None, 1.5]]),
@@ -644,7 +646,7 @@ PARAMETERS = [
     ("SELECT 1", {}, [[1]]),
     ("SELECT 1", None, [[1]]),
 ]
-BAD_PARAMETERS = [
+BAD_PARAMETERS: list[tuple[str, Any, str]] = [
     ("SELECT ?, ?", [1], "placeholders in the statement: 2, values in params: 1; pass one for each"),
     ("SELECT ?", [1, 2], "placeholders in the statement: 1, values in params: 2; pass one for each"),
     ("SELECT ?", None, "placeholders in the statement: 1, values in params: 0; pass one for each"),
@@ -727,7 +729,7 @@ async def test_list_tables_shows_tables_and_views_and_no_internals(client: Clien
 
 
 async def test_a_large_database_gets_its_row_estimates_from_analyze(tmp_path: Path) -> None:
-    many = "WITH RECURSIVE c(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM c WHERE n < 5000) INSERT INTO t SELECT n, hex(zeroblob(500)) FROM c"
+    many = f"{COUNT.format(5_000)} INSERT INTO t SELECT n, hex(zeroblob(500)) FROM c"
     path = make(tmp_path / "t.db", f"CREATE TABLE t (a, b); CREATE INDEX i ON t (a); {many};")
     async with Client(build_server([path])) as client:
         assert "row_estimate" not in await ok(client, "list_tables")
@@ -804,6 +806,12 @@ async def test_the_description_of_a_very_wide_table_fits(tmp_path: Path) -> None
         assert "of 1900 shown" in json.loads(text)["note"]
 
 
+async def resource(client: Client, uri: str) -> str:
+    (content,) = (await client.read_resource(uri)).contents
+    assert isinstance(content, TextResourceContents)
+    return content.text
+
+
 async def test_create_statements_are_resources(client: Client, file: Path) -> None:
     name = "odd/na%me ?#.."
     with closing(sqlite3.connect(file)) as connection:
@@ -814,9 +822,8 @@ async def test_create_statements_are_resources(client: Client, file: Path) -> No
     templates = (await client.list_resource_templates()).resource_templates
     assert [template.uri_template for template in templates] == ["schema://{schema}/{table}"]
     for uri in uris:
-        text = (await client.read_resource(uri)).contents[0].text  # type: ignore[union-attr]
-        assert text.startswith("CREATE ")
-    assert "CREATE INDEX orders_by_customer" in (await client.read_resource("schema://main/orders")).contents[0].text  # type: ignore[union-attr]
+        assert (await resource(client, uri)).startswith("CREATE ")
+    assert "CREATE INDEX orders_by_customer" in await resource(client, "schema://main/orders")
     for uri, message in (
         ("schema://main/custmers", "did you mean customers"),
         ("schema://x/orders", "the schemas are"),
@@ -860,7 +867,7 @@ async def test_a_file_name_is_never_read_as_a_uri(tmp_path: Path, name: str) -> 
     path = make(tmp_path / "plain.db", "CREATE TABLE t (a); INSERT INTO t VALUES (7)").rename(tmp_path / name)
     async with Client(build_server([path, path])) as client:
         assert await rows(client, "SELECT a FROM t") == [[7]]
-    assert [entry.name for entry in tmp_path.iterdir()] == [name]
+    assert os.listdir(tmp_path) == [name]
 
 
 async def test_a_file_that_cannot_be_served_is_an_error_at_start(tmp_path: Path) -> None:
@@ -913,16 +920,15 @@ async def test_a_locked_file_is_an_error_and_can_be_read_again_later(file: Path)
             assert await rows(client, "SELECT count(*) FROM customers") == [[3]]
 
 
-async def test_a_file_that_goes_away_and_comes_back_is_an_error_in_between(
-    file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(db_server, "RECYCLE", 0.0)
+async def test_a_file_that_goes_away_is_an_error_and_a_new_one_is_read(file: Path) -> None:
     async with Client(build_server([file])) as client:
         await rows(client, "SELECT 1")
-        hidden = file.rename(file.with_name("hidden"))
+        os.replace(file, file.with_name("hidden"))
         assert "cannot be opened" in await refused(client, "query_database", query="SELECT * FROM customers")
-        hidden.rename(file)
+        os.replace(file.with_name("hidden"), file)
         assert await rows(client, "SELECT count(*) FROM customers") == [[3]]
+        os.replace(make(file.with_name("new"), "CREATE TABLE t (a); INSERT INTO t VALUES (7)"), file)
+        assert await rows(client, "SELECT a FROM t") == [[7]]
 
 
 async def test_a_database_in_wal_mode_is_read_live_and_never_blocks_its_writer(tmp_path: Path) -> None:
