@@ -41,8 +41,9 @@ MAX_REQUEST = 2_000_000  # bytes of statement and parameters together
 MAX_PARAMETERS = 32_766  # SQLite's own default
 MAX_ROWS = 1_000_000  # for `limit`; what fits into a result is usually far less
 MAX_CELL = 10_000  # characters of one cell: a quarter of a result
-MAX_NAME = 1_000  # characters of one column's name: without AS it is the whole expression
+MAX_NAME = 1_000  # characters of a name or an error: a column without AS is named by its whole expression
 MAX_RESULT = 64 * 2**20  # characters of a result when --max-output sets no limit: the server's memory has one
+CACHED = 16  # compiled statements kept for the next time; they count as SQLite's memory
 MAX_HEAP = 128 * 2**20  # bytes that SQLite may allocate in one worker: sorts, groups, temporary tables, page cache
 MAX_PROCESS = 768 * 2**20  # bytes of address space of one worker, where the system can limit it (Linux)
 SAFE_INTEGER = 2**53  # above it, JavaScript clients lose digits
@@ -51,6 +52,7 @@ SAMPLE_CELL = 200  # characters of one cell in the sample rows
 MAX_COUNTED = 4 * 2**20  # bytes of a database whose rows are counted for list_tables: that takes milliseconds
 MAX_FILES = 10  # SQLite attaches ten databases to a connection at most
 MAX_NAMES = 5_000  # names looked through for a suggestion
+MAX_RESOURCES = 1_000  # tables listed as resources; others can be read all the same
 
 
 class QueryError(Exception):
@@ -99,7 +101,12 @@ def quoted(name: str) -> str:
 def open_files(files: Sequence[Sequence[str]], busy_time: float = BUSY_TIME) -> sqlite3.Connection:
     """Layer 1: a connection to pairs of schema name and `file:` URI; the URIs say mode=ro. The first is `main`."""
     connection = sqlite3.connect(
-        files[0][1], uri=True, isolation_level=None, timeout=busy_time, cached_statements=0, check_same_thread=False
+        files[0][1],
+        uri=True,
+        isolation_level=None,
+        timeout=busy_time,
+        cached_statements=CACHED,
+        check_same_thread=False,
     )
     try:
         for schema, uri in files[1:]:
@@ -115,7 +122,6 @@ def open_files(files: Sequence[Sequence[str]], busy_time: float = BUSY_TIME) -> 
 def forbid_writing(connection: sqlite3.Connection) -> None:
     """Layer 2: the engine refuses to write, to any attached file."""
     connection.execute("PRAGMA query_only = ON")
-    connection.execute("PRAGMA trusted_schema = OFF")  # a hostile file's views may not call functions with effects
 
 
 def limit_sizes(connection: sqlite3.Connection, attached: int) -> None:
@@ -142,8 +148,8 @@ class Authorizer:
     def __call__(self, action: int, name: str | None, detail: str | None, schema: str | None, _: str | None) -> int:
         """SQLite asks this while it compiles a statement; the meaning of the names depends on the action."""
         match action:
-            case sqlite3.SQLITE_SELECT | sqlite3.SQLITE_READ | sqlite3.SQLITE_RECURSIVE:
-                return sqlite3.SQLITE_OK
+            case sqlite3.SQLITE_SELECT | sqlite3.SQLITE_READ | sqlite3.SQLITE_RECURSIVE if name != "sqlite_stmt":
+                return sqlite3.SQLITE_OK  # that table shows the statements of other callers
             case sqlite3.SQLITE_FUNCTION:
                 name, allowed = detail, (detail or "").lower() not in DENIED_FUNCTIONS
             case sqlite3.SQLITE_PRAGMA:
@@ -172,6 +178,7 @@ def open_read_only(files: Sequence[Sequence[str]]) -> tuple[sqlite3.Connection, 
 # ------------------------------------------------------------------------------------------------- rows as JSON
 
 _encode_text = json.encoder.encode_basestring  # a text in quotes; JSONEncoder.encode takes a detour to it
+_INFINITE = (float("inf"), float("-inf"))
 _CONTINUATION = bytes(range(0x80, 0xC0))  # what follows the first byte of a UTF-8 character
 
 
@@ -209,7 +216,7 @@ def _json_integer(value: int) -> str:
 
 
 def _json_real(value: float) -> str:
-    if value in (float("inf"), float("-inf")):  # not JSON; SQLite stores NaN as NULL
+    if value in _INFINITE:  # not JSON; SQLite stores NaN as NULL
         return '"Infinity"' if value > 0 else '"-Infinity"'
     return repr(value)
 
@@ -301,8 +308,8 @@ class Named(dict[str, Any]):
 
 def bindable(params: Sequence[Any] | Mapping[str, Any] | None) -> Sequence[Any] | Named:
     """Parameters as sqlite3 takes them. Raises QueryError for what has no SQL type."""
-    named = isinstance(params, Mapping)
-    for key, value in params.items() if named else enumerate(params or (), 1):  # type: ignore[union-attr]
+    values = params.items() if isinstance(params, Mapping) else enumerate(params or (), 1)
+    for key, value in values:
         if isinstance(value, list | dict):
             raise QueryError(f"parameter {key} is a list or an object; pass text, numbers, true, false or null")
         if isinstance(value, int) and not -(2**63) <= value < 2**63:
@@ -425,7 +432,7 @@ def tables(connection: sqlite3.Connection, *, schema: str, pattern: str, offset:
     lines: list[str] = []
     used = 0
     for name, kind, columns in found[offset:]:
-        entry: dict[str, Any] = {"name": name, "type": kind}
+        entry: dict[str, Any] = {"name": name[:MAX_NAME], "type": kind}
         if kind != "virtual":  # what SQLite counts there includes hidden columns
             entry["columns"] = columns
         if name in estimates:
@@ -536,6 +543,8 @@ def _shrink(result: dict[str, Any], max_output: int) -> str:
             "query_database with pragma_table_xinfo(table, schema) and pragma_index_list lists them all"
         )
         text = json.dumps(result, ensure_ascii=False)
+    if max_output and len(text) > max_output:
+        raise QueryError(f"the description does not fit into {max_output} characters; query pragma_table_xinfo instead")
     return text
 
 
@@ -554,7 +563,7 @@ def all_tables(connection: sqlite3.Connection) -> Answer:
     """Schema, name and type of every table and view, as JSON; for the list of resources."""
     schemas = schemas_of(connection)
     found = [[s, *row[:2]] for s in (schemas[1:] or schemas) for row in connection.execute(OBJECTS, (s,))]
-    return Answer(json.dumps(found[:MAX_NAMES]))
+    return Answer(json.dumps(found[:MAX_RESOURCES]))
 
 
 # -------------------------------------------------------------------------------------------------------- errors
@@ -618,7 +627,7 @@ def sentence(connection: sqlite3.Connection, exc: BaseException, sql: str, refus
         return "a column's name is not UTF-8; name the columns and give them aliases with AS"
     if isinstance(exc, UnicodeEncodeError):
         return "the statement or a parameter holds half of a surrogate pair, which is no character; send valid text"
-    if "null character" in text:
+    if "\0" in sql:
         return "the statement contains a NUL character; remove it, or pass the text in params"
     if counts := BINDINGS.search(text):
         return f"placeholders in the statement: {counts[1]}, values in params: {counts[2]}; pass one for each"
@@ -628,18 +637,22 @@ def sentence(connection: sqlite3.Connection, exc: BaseException, sql: str, refus
         with suppress(sqlite3.Error):
             return f"no such {found[1]}: {found[2]}{nearest(connection, found[1], found[2], sql)}"
     for prefix, message in MESSAGES.items():
-        if code.startswith(prefix) or prefix in text:
+        if code.startswith(prefix) or text.startswith(prefix):
             return message.format(refused=refused or "it", seconds=seconds)
     if not isinstance(exc, sqlite3.Error | sqlite3.Warning):
         traceback.print_exception(exc)  # to the log; to the model it says nothing
         return "the statement failed inside the server, and the reason is in its log; write it in another way"
     if text[1:2].islower():
         text = text[0].lower() + text[1:]
-    return f"{text[:500].rstrip('.')}; correct the statement (SQLite {sqlite3.sqlite_version})"
+    return f"{text.rstrip('.')}; correct the statement (SQLite {sqlite3.sqlite_version})"
 
 
 LESS_MEMORY = "sort or group fewer rows, name fewer columns, and of huge values read only length()"
-MESSAGES = {  # the beginning of SQLite's name for the error, or a part of the text of Python's
+WAL_DIRECTORY = (  # readers of a WAL database announce themselves in a file beside it
+    "the database is in WAL mode and its directory cannot be written to; make it writable, or serve a copy on which"
+    " PRAGMA journal_mode = DELETE was run"
+)
+MESSAGES = {  # the beginning of SQLite's name for the error, or of its text
     "SQLITE_AUTH": "this server only reads: {refused} is refused; write a SELECT, or a WITH, VALUES, EXPLAIN or"
     " PRAGMA that reads",
     "not authorized": "this server only reads: {refused} is refused; use another function",
@@ -651,13 +664,14 @@ MESSAGES = {  # the beginning of SQLite's name for the error, or a part of the t
     "SQLITE_LOCKED": "another program has locked the database; try again in a moment",
     "SQLITE_NOTADB": "the file is not an SQLite database, or is encrypted; start the server with another file",
     "SQLITE_CORRUPT": "the database file is damaged where the statement reads; query other tables, or restore it",
+    "SQLITE_READONLY_CANTINIT": WAL_DIRECTORY,
+    "SQLITE_READONLY_DIRECTORY": WAL_DIRECTORY,
     "SQLITE_READONLY_": "the database must be recovered after a crash, which needs writing; open it once elsewhere",
     "SQLITE_READONLY": "this server only reads: the statement would write; write a SELECT",
-    "SQLITE_CANTOPEN": "the database file cannot be opened just now; check that it is still there and readable (in WAL"
-    " mode, its directory must be writable unless another program has it open)",
+    "SQLITE_CANTOPEN": "the database file cannot be opened; check that it is there and readable",
     "SQLITE_IOERR": "the database file cannot be read (input/output error); try again",
-    "one statement": "a call runs one statement; send the others in calls of their own",
-    "has no name, but": "the statement's placeholders are ?, which have no names; pass params as a list",
+    "You can only execute one": "a call runs one statement; send the others in calls of their own",
+    "Binding ": "the statement's placeholders are ?, which have no names; pass params as a list",
 }
 
 
@@ -685,6 +699,12 @@ def limit_memory() -> None:
 
         with suppress(OSError, ValueError):  # not every system can, and a stricter limit may be set already
             resource.setrlimit(resource.RLIMIT_AS, (MAX_PROCESS, MAX_PROCESS))
+
+
+def failure(error: str, *, retire: bool = False) -> bytes:
+    """The body that reports an error, as one line; it may quote a statement or a name of any length. A worker that
+    ran out of memory asks to be retired: what is left in its memory must not cost the next caller."""
+    return json.dumps({"error": " ".join(error.split())[:MAX_NAME], "retire": retire}).encode()
 
 
 def frame(body: bytes) -> bytes:
@@ -718,11 +738,11 @@ class Reader(aiosqlite.Connection):
             text, facts, resume = REQUESTS[operation](connection, **arguments)
             body = json.dumps({"facts": facts, "resume": resume}).encode() + b"\n" + text.encode()
         except QueryError as exc:
-            body = json.dumps({"error": " ".join(str(exc).split())}).encode()
+            body = failure(str(exc))
         except Exception as exc:
             limit_time(connection, SAMPLE_TIME)
             error = sentence(connection, exc, sql, self._authorizer.refused, self._seconds)
-            body = json.dumps({"error": " ".join(error.split())}).encode()
+            body = failure(error, retire=isinstance(exc, MemoryError))
         send(body)
 
 
@@ -750,7 +770,7 @@ async def work() -> None:
     except (sqlite3.Error, MemoryError) as exc:
         code = getattr(exc, "sqlite_errorname", "")
         known = [message for prefix, message in MESSAGES.items() if code.startswith(prefix)]
-        send(json.dumps({"error": (known or [MESSAGES["SQLITE_CANTOPEN"]])[0]}).encode())
+        send(failure((known or [MESSAGES["SQLITE_CANTOPEN"]])[0]))
         os._exit(1)
     send(b"{}")
     while True:
@@ -914,13 +934,14 @@ class Pool:
             raise ToolError(f"statement and params take {len(request)} bytes, more than {MAX_REQUEST}; pass less")
         try:
             async with self.worker() as worker:
-                answer = await worker.ask(request, self.seconds + GRACE)
+                head, _, text = (await worker.ask(request, self.seconds + GRACE)).partition(b"\n")
+                outcome = json.loads(head)
+                if outcome.get("retire"):
+                    raise ToolError(outcome["error"])
         except TimeoutError:
             raise ToolError(MESSAGES["SQLITE_INTERRUPT"].format(seconds=self.seconds)) from None
         except (EOFError, OSError):
             raise ToolError("SQLite crashed on this statement and was restarted; write it in another way") from None
-        head, _, text = answer.partition(b"\n")
-        outcome = json.loads(head)
         if "error" in outcome:
             raise ToolError(outcome["error"])
         end = "\n" + trailer(*outcome["facts"], **outcome["resume"]) if outcome["facts"] else ""

@@ -7,7 +7,7 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,11 @@ def snapshot(directory: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in directory.iterdir()}
 
 
+@pytest.fixture(scope="module")
+def anyio_backend() -> str:
+    return "asyncio"
+
+
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     return make(tmp_path / "shop.db")
@@ -65,6 +70,14 @@ def file(tmp_path: Path) -> Path:
 @pytest.fixture
 async def client(file: Path) -> AsyncGenerator[Client]:
     async with Client(build_server([file])) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+async def shared(tmp_path_factory: pytest.TempPathFactory) -> AsyncGenerator[Client]:
+    """One server for all the tests that only read; starting one takes longer than they do."""
+    path = make(tmp_path_factory.mktemp("shared") / "shop.db", SETUP + "CREATE VIEW broken AS SELECT * FROM gone;")
+    async with Client(build_server([path])) as client:
         yield client
 
 
@@ -157,6 +170,7 @@ ATTACHES = [
     "SELECT edit('x')",
     "SELECT * FROM fsdir('/')",
     "SELECT sqlite3_load_extension('x')",
+    "SELECT sql FROM sqlite_stmt",
 ]
 TRANSACTIONS = [
     *("BEGIN", "BEGIN IMMEDIATE", "BEGIN EXCLUSIVE", "BEGIN DEFERRED TRANSACTION", "COMMIT", "END", "ROLLBACK"),
@@ -262,7 +276,7 @@ LEGITIMATE: list[tuple[str, list[list[Any]]]] = [
     ("PRAGMA index_info('orders_by_customer')", [[0, 1, "customer_id"], [1, 2, "total"]]),
     ("PRAGMA foreign_key_check", []),
     ("SELECT count(*) > 50 FROM pragma_function_list", [[1]]),
-    ("SELECT name FROM sqlite_master WHERE type = 'view'", [["big_orders"]]),
+    ("SELECT name FROM sqlite_master WHERE type = 'index' AND sql <> ''", [["orders_by_customer"]]),
     ("SELECT count(*) > 0 FROM dbstat", [[1]]),
     ("SELECT id FROM customers EXCEPT SELECT customer_id FROM orders", [[3]]),
     ("SELECT name FROM customers WHERE name LIKE '%a%' COLLATE NOCASE AND name GLOB '*a'", [["Ada"]]),
@@ -277,8 +291,17 @@ LEGITIMATE: list[tuple[str, list[list[Any]]]] = [
 
 
 @pytest.mark.parametrize(("sql", "expected"), LEGITIMATE, ids=[sql[:60] for sql, _ in LEGITIMATE])
-async def test_legitimate_reading_works(client: Client, sql: str, expected: list[list[Any]]) -> None:
-    assert await rows(client, sql) == expected
+async def test_legitimate_reading_works(shared: Client, sql: str, expected: list[list[Any]]) -> None:
+    assert await rows(shared, sql) == expected
+
+
+async def test_a_view_may_do_what_a_query_may_and_no_more(client: Client, file: Path) -> None:
+    with closing(sqlite3.connect(file)) as connection:
+        connection.execute("CREATE VIEW foxes AS SELECT body FROM docs WHERE docs MATCH 'fox'")
+        connection.execute("CREATE VIEW evil AS SELECT load_extension('evil')")
+    assert await rows(client, "SELECT * FROM foxes") == [["the quick brown fox"]]
+    assert "load_extension" in await refused(client, "query_database", query="SELECT * FROM evil")
+    assert "load_extension" in await refused(client, "describe_table", table="evil")
 
 
 async def test_explain_works_as_a_statement_and_as_a_tool(client: Client) -> None:
@@ -308,7 +331,7 @@ STOPPED_BY = [
 
 
 @contextmanager
-def connection_with(path: Path, *layers: str) -> Iterator[sqlite3.Connection]:
+def connection_with(path: Path, *layers: str) -> Generator[sqlite3.Connection]:
     mode = "ro" if "files" in layers else "rw"
     with closing(db_server.open_files([("main", f"{path.as_uri()}?mode={mode}")])) as connection:
         if "query_only" in layers:
@@ -404,10 +427,11 @@ RUNAWAYS = {
 }
 
 
-@pytest.fixture
-async def hasty(file: Path) -> AsyncGenerator[Client]:
+@pytest.fixture(scope="module")
+async def hasty(tmp_path_factory: pytest.TempPathFactory) -> AsyncGenerator[Client]:
     """A server with a short time limit."""
-    async with Client(build_server([file], timeout=0.4)) as client:
+    path = make(tmp_path_factory.mktemp("hasty") / "shop.db")
+    async with Client(build_server([path], timeout=0.4)) as client:
         yield client
 
 
@@ -507,6 +531,16 @@ async def test_a_worker_that_dies_is_replaced(file: Path) -> None:
         assert await rows(client, "SELECT 1") == [[1]]
 
 
+async def test_a_worker_that_ran_out_of_memory_is_replaced(file: Path) -> None:
+    server = build_server([file])
+    async with Client(server) as client:
+        await rows(client, "SELECT 1")
+        (first,) = server.pool.workers
+        assert (await refused(client, "query_database", query=RUNAWAYS["a blob"][0])).startswith(MEMORY)
+        assert await rows(client, "SELECT 1") == [[1]]
+        assert first not in server.pool.idle
+
+
 async def test_an_old_worker_is_replaced(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     server = build_server([file])
     async with Client(server) as client:
@@ -576,8 +610,8 @@ VALUES: list[tuple[str, Any]] = [
 
 
 @pytest.mark.parametrize(("sql", "expected"), VALUES, ids=[sql for sql, _ in VALUES])
-async def test_every_value_survives_json(client: Client, sql: str, expected: Any) -> None:
-    assert await rows(client, f"SELECT {sql}") == [[expected]]
+async def test_every_value_survives_json(shared: Client, sql: str, expected: Any) -> None:
+    assert await rows(shared, f"SELECT {sql}") == [[expected]]
 
 
 async def test_duplicate_column_names_survive(client: Client) -> None:
@@ -665,14 +699,14 @@ BAD_PARAMETERS: list[tuple[str, Any, str]] = [
 
 
 @pytest.mark.parametrize(("sql", "params", "expected"), PARAMETERS)
-async def test_parameters_by_position_and_by_name(client: Client, sql: str, params: Any, expected: Any) -> None:
-    assert await rows(client, sql, params=params) == expected
+async def test_parameters_by_position_and_by_name(shared: Client, sql: str, params: Any, expected: Any) -> None:
+    assert await rows(shared, sql, params=params) == expected
 
 
 @pytest.mark.parametrize(("sql", "params", "message"), BAD_PARAMETERS)
-async def test_a_wrong_parameter_is_a_clear_error(client: Client, sql: str, params: Any, message: str) -> None:
-    assert (await refused(client, "query_database", query=sql, params=params)).startswith(message)
-    assert await rows(client, "SELECT 1") == [[1]]
+async def test_a_wrong_parameter_is_a_clear_error(shared: Client, sql: str, params: Any, message: str) -> None:
+    assert (await refused(shared, "query_database", query=sql, params=params)).startswith(message)
+    assert await rows(shared, "SELECT 1") == [[1]]
 
 
 ERRORS = [
@@ -688,11 +722,9 @@ ERRORS = [
 
 
 @pytest.mark.parametrize(("sql", "message"), ERRORS)
-async def test_an_error_names_what_was_probably_meant(client: Client, file: Path, sql: str, message: str) -> None:
-    with closing(sqlite3.connect(file)) as connection:
-        connection.execute("CREATE VIEW broken AS SELECT * FROM gone")
-    assert (await refused(client, "query_database", query=sql)).startswith(message)
-    assert (await refused(client, "explain_query", query=sql)).startswith(message)
+async def test_an_error_names_what_was_probably_meant(shared: Client, sql: str, message: str) -> None:
+    assert (await refused(shared, "query_database", query=sql)).startswith(message)
+    assert (await refused(shared, "explain_query", query=sql)).startswith(message)
 
 
 async def test_an_unknown_table_is_answered_with_the_tables_there_are(client: Client) -> None:
@@ -946,8 +978,17 @@ async def test_a_database_in_wal_mode_is_read_live_and_never_blocks_its_writer(t
             group.cancel_scope.cancel()
 
 
-async def test_without_wal_a_writer_waits_for_one_query_at_most(hasty: Client, file: Path) -> None:
-    async with anyio.create_task_group() as group:
+async def test_a_change_of_the_schema_by_another_program_is_noticed(client: Client, file: Path) -> None:
+    for number in range(3):
+        assert await rows(client, "SELECT count(*) FROM places") == [[2]]
+        assert await rows(client, "SELECT count(*) FROM docs, json_each('[1]')") == [[2]]
+        with closing(sqlite3.connect(file)) as connection:
+            connection.execute(f"CREATE TABLE added_{number} (a)")
+        assert await rows(client, f"SELECT count(*) FROM added_{number}") == [[0]]
+
+
+async def test_without_wal_a_writer_waits_for_one_query_at_most(file: Path) -> None:
+    async with Client(build_server([file], timeout=0.4)) as hasty, anyio.create_task_group() as group:
         group.start_soon(hasty.call_tool, "query_database", {"query": f"{ENDLESS} SELECT count(*) FROM customers, c"})
         await anyio.sleep(0.1)
 
@@ -958,7 +999,7 @@ async def test_without_wal_a_writer_waits_for_one_query_at_most(hasty: Client, f
 
         with anyio.fail_after(5):
             await anyio.to_thread.run_sync(write)
-    assert await rows(hasty, "SELECT count(*) FROM customers") == [[4]]
+        assert await rows(hasty, "SELECT count(*) FROM customers") == [[4]]
 
 
 # ------------------------------------------------------------------------------------------------ real processes
