@@ -17,6 +17,7 @@ import asyncio
 import json
 import os
 import re
+import select
 import signal
 import sqlite3
 import sys
@@ -723,9 +724,13 @@ class Reader(aiosqlite.Connection):
         connection, self._authorizer = open_read_only(self._files)
         return connection
 
-    async def answer(self, request: bytes) -> None:
-        """One visit to the thread; execute, fetch and close would be three."""
-        await self._execute(self._answer, request)  # pyright: ignore[reportUnknownMemberType] -- aiosqlite has no type
+    async def serve(self) -> None:
+        """Answer requests until there are no more, in one visit to the thread: a visit takes longer than a query."""
+        await self._execute(self._serve)  # pyright: ignore[reportUnknownMemberType] -- aiosqlite has no type
+
+    def _serve(self) -> None:
+        while request := receive():
+            self._answer(request)
 
     def _answer(self, request: bytes) -> None:
         connection, sql = self._conn, ""
@@ -752,19 +757,24 @@ def send(body: bytes) -> None:
     sys.stdout.buffer.flush()
 
 
-def listen(loop: asyncio.AbstractEventLoop, requests: "asyncio.Queue[bytes]") -> None:
-    """Pass on what the server asks. When it has gone, this process goes, whatever SQLite is doing."""
-    while header := sys.stdin.buffer.read(8):
-        body = sys.stdin.buffer.read(int.from_bytes(header, "big"))
-        loop.call_soon_threadsafe(requests.put_nowait, body)
+def receive() -> bytes:
+    """The next request; nothing when the server has gone."""
+    return sys.stdin.buffer.read(int.from_bytes(sys.stdin.buffer.read(8), "big"))
+
+
+def end_with_server() -> None:
+    """Wait until the server closes its end of standard input, and end this process, whatever SQLite is doing."""
+    server = select.poll()
+    server.register(sys.stdin, 0)  # hanging up is always reported
+    server.poll()
     os._exit(0)
 
 
 async def work() -> None:
     """A worker's life: open the files it is told of, say so, and answer one request after the other."""
-    requests: asyncio.Queue[bytes] = asyncio.Queue()
-    threading.Thread(target=listen, args=(asyncio.get_running_loop(), requests), daemon=True).start()
-    reader = Reader(**json.loads(await requests.get()))
+    if sys.platform != "win32":
+        threading.Thread(target=end_with_server, daemon=True).start()
+    reader = Reader(**json.loads(receive()))
     try:
         await reader
     except (sqlite3.Error, MemoryError) as exc:
@@ -773,8 +783,8 @@ async def work() -> None:
         send(failure((known or [MESSAGES["SQLITE_CANTOPEN"]])[0]))
         os._exit(1)
     send(b"{}")
-    while True:
-        await reader.answer(await requests.get())
+    await reader.serve()
+    os._exit(0)
 
 
 WORKER = "--worker"  # how the server starts this file when it needs a worker

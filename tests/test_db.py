@@ -895,6 +895,28 @@ async def test_several_files_are_schemas_named_after_the_files(tmp_path: Path) -
 @pytest.mark.parametrize(
     "name", ["a?b.db", "a#b.db", "a%20b.db", "a b.db", "ünï.db", "a'b\"c.db", "file:x.db", "-x.db"]
 )
+async def test_an_attached_file_can_be_read_in_all_ways_and_written_in_none(tmp_path: Path) -> None:
+    files = [make(tmp_path / "one.db", "CREATE TABLE t (a)"), make(tmp_path / "two.db")]
+    async with Client(build_server(files)) as client:
+        before = snapshot(tmp_path)
+        assert await rows(client, "SELECT body FROM two.docs WHERE docs MATCH 'fox'") == [["the quick brown fox"]]
+        assert await rows(client, "SELECT id FROM two.places WHERE x1 > 4") == [[2]]
+        assert await rows(client, "SELECT body FROM two.old_docs WHERE body MATCH 'lazy'") == [["a lazy dog"]]
+        assert await rows(client, "SELECT name FROM pragma_table_info('orders', 'two') LIMIT 1") == [["id"]]
+        assert await rows(client, "SELECT count(*) FROM t JOIN two.customers JOIN json_each('[1]')") == [[0]]
+        for sql in (
+            "INSERT INTO two.customers (name) VALUES ('x')",
+            "CREATE TABLE two.x (a)",
+            "DROP TABLE two.docs",
+            "PRAGMA two.user_version = 1",
+            "UPDATE two.sqlite_master SET sql = ''",
+            "DELETE FROM two.places_node",
+            "VACUUM two",
+        ):
+            assert await refused(client, "query_database", query=sql), sql
+        assert snapshot(tmp_path) == before
+
+
 async def test_a_file_name_is_never_read_as_a_uri(tmp_path: Path, name: str) -> None:
     path = make(tmp_path / "plain.db", "CREATE TABLE t (a); INSERT INTO t VALUES (7)").rename(tmp_path / name)
     async with Client(build_server([path, path])) as client:
