@@ -611,7 +611,7 @@ def _function_names(connection: sqlite3.Connection, _: str) -> list[str]:
 
 NAMES = {"table": _table_names, "column": _column_names, "function": _function_names}
 BINDINGS = re.compile(r"current statement uses (\d+), and there are (\d+) supplied")
-NO_SUCH = re.compile(r"no such (table|column|function): (.+)")
+NO_SUCH = re.compile(r"no such (table|column|function): (.+)", re.DOTALL)
 
 
 def _is_interrupt(exc: BaseException) -> bool:
