@@ -574,7 +574,7 @@ def nearest(connection: sqlite3.Connection, kind: str, name: str, sql: str) -> s
     """The end of a "no such" message: the nearest names there are, or what there is."""
     import difflib  # only here: a worker starts faster without it
 
-    schema, _, name = name.rpartition(".")
+    schema, _, name = name.partition(" - should")[0].rpartition(".")  # newer versions of SQLite add a hint of theirs
     schemas = schemas_of(connection)
     if kind == "table" and schema and schema.lower() not in (known.lower() for known in schemas):
         return f"; the schemas are {', '.join(schemas)}"
@@ -672,7 +672,7 @@ MESSAGES = {  # the beginning of SQLite's name for the error, or of its text
     "SQLITE_CANTOPEN": "the database file cannot be opened; check that it is there and readable",
     "SQLITE_IOERR": "the database file cannot be read (input/output error); try again",
     "You can only execute one": "a call runs one statement; send the others in calls of their own",
-    "Binding ": "the statement's placeholders are ?, which have no names; pass params as a list",
+    "Binding ": "params does not fit the placeholders; pass a list for ?, an object for :name",
 }
 
 

@@ -233,6 +233,7 @@ async def test_another_program_can_write_after_every_kind_of_failure(client: Cli
         "SELECT abs(-9223372036854775808)",
     ):
         await refused(client, "query_database", query=sql)
+        assert len(await rows(client, "SELECT * FROM customers", limit=1)) == 1  # not read to its end
         with closing(sqlite3.connect(file, timeout=0)) as other:
             other.execute("INSERT INTO orders (customer_id, total) VALUES (1, 1)")
             other.commit()
@@ -364,6 +365,21 @@ def test_each_layer_stops_alone_what_it_is_there_for(tmp_path: Path, sql: str, s
     assert found == stopped_by
 
 
+def test_a_connection_for_the_model_has_all_layers(tmp_path: Path) -> None:
+    path = make(tmp_path / "t.db", "CREATE TABLE t (a)")
+    connection, _ = db_server.open_read_only([("main", f"{path.as_uri()}?mode=ro")])
+    with closing(connection):
+        assert connection.getlimit(sqlite3.SQLITE_LIMIT_ATTACHED) == 0
+        assert connection.execute("PRAGMA query_only").fetchone() == (1,)
+        with pytest.raises(sqlite3.DatabaseError, match="not authorized"):
+            connection.execute("PRAGMA query_only = OFF")
+        connection.set_authorizer(None)
+        assert connection.execute("PRAGMA hard_heap_limit").fetchone() == (db_server.MAX_HEAP,)
+        connection.execute("PRAGMA query_only = OFF")
+        with pytest.raises(sqlite3.OperationalError, match="readonly database"):
+            connection.execute("INSERT INTO t VALUES (1)")
+
+
 @pytest.mark.parametrize("missing", LAYERS)
 def test_without_one_layer_the_others_still_protect_the_file(tmp_path: Path, missing: str) -> None:
     path = make(tmp_path / "shop.db")
@@ -445,6 +461,12 @@ async def test_every_runaway_ends_on_time_with_an_error_that_names_the_limit(
         else:  # quick in one version of SQLite, slow in another
             await hasty.call_tool("query_database", {"query": sql})
     assert await rows(hasty, "SELECT 1") == [[1]]
+
+
+async def test_rows_without_end_are_stopped_wherever_they_go(hasty: Client) -> None:
+    for arguments in ({"offset": 10**12}, {"limit": 10**6, "offset": 10**6}):
+        error = await refused(hasty, "query_database", query=f"{ENDLESS} SELECT n FROM c", **arguments)
+        assert error.startswith(STOPPED)
 
 
 async def test_100_000_parameters_are_an_error(client: Client) -> None:
@@ -686,7 +708,7 @@ BAD_PARAMETERS: list[tuple[str, Any, str]] = [
     ("SELECT ?", None, "placeholders in the statement: 1, values in params: 0; pass one for each"),
     ("SELECT :a, :b", {"a": 1}, "params has no value for :b; pass one for each placeholder"),
     ("SELECT :a", {"a": 1, "b": 2}, "the statement has no placeholder for b;"),
-    ("SELECT ?", {"a": 1}, "the statement's placeholders are ?, which have no names; pass params as a list"),
+    ("SELECT ?", {"a": 1}, "params does not fit the placeholders; pass a list for ?, an object for :name"),
     ("SELECT ?", [[1]], "parameter 1 is a list or an object;"),
     ("SELECT :a", {"a": {}}, "parameter a is a list or an object;"),
     ("SELECT ?", [2**63], "parameter 1 is 9223372036854775808, beyond SQLite's 64-bit integers; pass it as text"),
