@@ -278,7 +278,6 @@ LEGITIMATE: list[tuple[str, list[list[Any]]]] = [
     ("PRAGMA foreign_key_check", []),
     ("SELECT count(*) > 50 FROM pragma_function_list", [[1]]),
     ("SELECT name FROM sqlite_master WHERE type = 'index' AND sql <> ''", [["orders_by_customer"]]),
-    ("SELECT count(*) > 0 FROM dbstat", [[1]]),
     ("SELECT id FROM customers EXCEPT SELECT customer_id FROM orders", [[3]]),
     ("SELECT name FROM customers WHERE name LIKE '%a%' COLLATE NOCASE AND name GLOB '*a'", [["Ada"]]),
     ("SELECT strftime('%Y', '2026-01-02'), date('2026-01-31', '+1 month')", [["2026", "2026-03-03"]]),
