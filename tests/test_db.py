@@ -542,6 +542,13 @@ async def test_the_workers_memory_is_bounded(file: Path) -> None:
                 assert peak_memory(worker.process.pid) < db_server.MAX_PROCESS
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not limit the address space")
+async def test_a_row_of_blobs_that_sqlite_does_not_count_is_refused(client: Client) -> None:
+    sql = "SELECT " + ",".join(["CAST(?1 AS BLOB)"] * 1_500)  # one value for SQLite, 1,500 copies for Python
+    assert (await refused(client, "query_database", query=sql, params=["x" * 1_900_000])).startswith(MEMORY)
+    assert await rows(client, "SELECT 1") == [[1]]
+
+
 async def test_a_worker_that_dies_is_replaced(file: Path) -> None:
     server = build_server([file])
     async with Client(server) as client:
