@@ -428,7 +428,7 @@ RUNAWAYS = {
         "WITH a0(x) AS (SELECT 1), "
         + ", ".join(f"a{i}(x) AS (SELECT x FROM a{i - 1} UNION ALL SELECT x FROM a{i - 1})" for i in range(1, 40))
         + " SELECT count(*) FROM a39",
-        MEMORY,
+        "the statement ",
     ),
     "parentheses": ("SELECT " + "(" * 40_000 + "1" + ")" * 40_000, "parser stack overflow"),
     "NOT": ("SELECT " + "NOT " * 20_000 + "1", "parser stack overflow"),
@@ -478,11 +478,11 @@ async def test_100_000_parameters_are_an_error(client: Client) -> None:
 
 async def test_other_queries_are_answered_while_runaways_run(file: Path) -> None:
     in_c, in_steps = RUNAWAYS["printf"][0], RUNAWAYS["endless CTE"][0]
-    async with Client(build_server([file], timeout=3)) as client, anyio.create_task_group() as group:
+    async with Client(build_server([file], timeout=20)) as client, anyio.create_task_group() as group:
         for sql in (in_c, in_steps, in_c):
             group.start_soon(client.call_tool, "query_database", {"query": sql})
         await anyio.sleep(0.2)
-        with anyio.fail_after(2):
+        with anyio.fail_after(10):
             assert await rows(client, "SELECT 1") == [[1]]
         group.cancel_scope.cancel()
 
