@@ -12,6 +12,7 @@ import pytest
 from conftest import PROJECT
 from mcp import Client
 
+import db_server
 import fs_server
 
 pytestmark = pytest.mark.anyio
@@ -19,7 +20,11 @@ pytestmark = pytest.mark.anyio
 README = (PROJECT / "README.md").read_text()
 SHELL = [line for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
 SETUP = [line for line in SHELL if line.startswith("python3 -m venv")]
-SERVERS = {"fs_server.py": fs_server.build_server([PROJECT / "tests"], write=True)}
+SAMPLE = PROJECT / "examples" / "shop.db"
+SERVERS = {
+    "fs_server.py": fs_server.build_server([PROJECT / "tests"], write=True),
+    "db_server.py": db_server.build_server([SAMPLE]),
+}
 
 
 def test_ci_runs_the_two_setup_commands_as_they_are_printed() -> None:
@@ -80,6 +85,7 @@ def test_every_configured_server_starts_once_the_paths_are_put_in(tmp_path: Path
             assert entry["command"] == "uv"
             assert entry["args"][0] == "run"
             words = [word.replace("/path/to/small-mcp-servers", str(PROJECT)) for word in entry["args"][1:]]
+            words = [str(SAMPLE) if word == "/path/to/data.db" else word for word in words]
             words = [str(tmp_path) if word.startswith("/path/to/") else word for word in words]
             done = subprocess.run(
                 [sys.executable, *words, "--list-tools"], cwd=tmp_path, capture_output=True, text=True, check=False
