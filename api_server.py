@@ -34,7 +34,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from functools import cache
-from http import HTTPStatus
+from http.client import responses as REASONS
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from pathlib import Path
 from random import uniform
@@ -990,6 +990,11 @@ def tls_context() -> Any:
     return httpx.create_ssl_context(trust_env=False)
 
 
+def status_line(status: int) -> str:
+    """The status with its standard reason; the upstream's own reason could say anything."""
+    return f"{status} {REASONS.get(status, '')}".strip()
+
+
 def retry_after(response: httpx.Response) -> float | None:
     """The seconds that Retry-After asks for (RFC 9110, 10.2.3), or None."""
     text = response.headers.get("retry-after", "").strip()
@@ -1180,7 +1185,7 @@ class Upstream:
 
     async def _finish(self, call: Call, response: httpx.Response, stale: Answer | None) -> tuple[Answer, str]:
         """Turn a response into an answer and keep it if that is allowed. Raises ToolError for an HTTP error."""
-        if stale is not None and response.status_code == HTTPStatus.NOT_MODIFIED:
+        if stale is not None and response.status_code == 304:
             return self._keep(call, stale, freshness(response.headers, stale.ttl or 0.0), "revalidated (304)")
         ttl = freshness(response.headers, self.api.cache_ttl)
         content_type = response.headers.get("content-type", "")[:200]
@@ -1205,7 +1210,7 @@ class Upstream:
         return self._keep(call, answer, ttl, "cache miss")
 
     def _keep(self, call: Call, answer: Answer, ttl: float | None, note: str) -> tuple[Answer, str]:
-        if call.method == "GET" and answer.status == HTTPStatus.OK and self.api.cache_ttl:
+        if call.method == "GET" and answer.status == 200 and self.api.cache_ttl:
             # Without a validator, an answer that has expired on arrival is of no use to anyone.
             if ttl is None or (ttl == 0 and not answer.validators):
                 self.cache.discard(call.key)
@@ -1220,17 +1225,12 @@ class Upstream:
         try:
             body, _ = await read_body(response, MAX_ERROR_BODY)
             text = read_text(body, content_type, self._mask)
-            lines = "\n".join((text.text or "; ".join(text.facts)).splitlines()[:10])
+            shown = clip(text.text[: 4 * MAX_ERROR_TEXT] or "; ".join(text.facts), MAX_ERROR_TEXT)
         except ToolError as exc:
-            lines = str(exc)
-        shown = lines if len(lines) <= MAX_ERROR_TEXT else lines[:MAX_ERROR_TEXT] + " …"
-        try:
-            reason = " " + HTTPStatus(response.status_code).phrase
-        except ValueError:
-            reason = ""
+            shown = str(exc)
         wait = retry_after(response)
         again = "" if wait is None else f"; try again in {math.ceil(wait)} s"
-        status = f"{response.status_code}{reason}"
+        status = status_line(response.status_code)
         raise ToolError(f"{self.name} answered {status} to {call.method} {call.url.path[:200]}{again}: {shown}")
 
     def _passed_on(self, headers: httpx.Headers) -> Iterator[str]:
@@ -1314,8 +1314,7 @@ def render(answer: Answer, note: str, select: str, offset: int, max_output: int)
             raise ToolError("the JSON is nested too deeply for select; leave select out") from None
     if offset and offset >= len(text):
         raise ToolError(f"offset={offset} is past the end: there are {len(text)} characters; use a smaller offset")
-    status = f"{answer.status} {HTTPStatus(answer.status).phrase}" if answer.status in HTTPStatus else answer.status
-    facts = [str(status), *([answer.content_type] if answer.content_type else []), note, *body.facts, *answer.headers]
+    facts = [status_line(answer.status), *([answer.content_type] if answer.content_type else []), note, *body.facts, *answer.headers]
     room = max(max_output - len(trailer(*facts)) - 100, max_output // 2, 1) if max_output else len(text)
     end = min(len(text), offset + room)
     if offset or end < len(text):
