@@ -34,18 +34,13 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from functools import cache
-from http.client import responses as REASONS
-from http.cookiejar import CookieJar, DefaultCookiePolicy
+from http import client as http_client
 from pathlib import Path
 from random import uniform
 from typing import Annotated, Any, Literal, TypeGuard
 from urllib.parse import parse_qsl, quote, unquote, urlencode
 
 import httpx
-from mcp.server.mcpserver.exceptions import ToolError
-from mcp_types import ToolAnnotations
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-
 from common import (
     TIME_LIMIT,
     ConfigError,
@@ -58,6 +53,9 @@ from common import (
     serve,
     trailer,
 )
+from mcp.server.mcpserver.exceptions import ToolError
+from mcp_types import ToolAnnotations
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 # ---------------------------------------------------------------------------------------------------------- limits
 
@@ -378,7 +376,7 @@ def parse_base_url(text: str) -> httpx.URL:
         raise ConfigError(f"base_url: {str(exc).lower()}") from None
     if url.scheme not in ("http", "https") or not url.host:
         raise ConfigError("base_url: must begin with http:// or https:// and name a host")
-    if url.userinfo or "@" in url.netloc.decode():
+    if url.userinfo or "@" in text.partition("://")[2].partition("/")[0]:
         raise ConfigError("base_url: holds a user or password; put them into a header, from ${A_VARIABLE}")
     if "?" in text or "#" in text:
         raise ConfigError("base_url: holds a ? or #; leave out the query and the fragment")
@@ -555,7 +553,7 @@ def decode_text(body: bytes, content_type: str) -> tuple[str | None, list[str]]:
     charset = declared[1].lower() if declared and CHARSETS.fullmatch(declared[1]) else ""
     # What is valid UTF-8 is UTF-8, whatever the header says, unless the header names an encoding that only looks so.
     guess = json.detect_encoding(body) if is_json or body[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
-    if b"\0" in body and guess == "utf-8-sig" or charset.startswith(("iso-2022", "utf-7")) and not is_json:
+    if (b"\0" in body and guess == "utf-8-sig") or (charset.startswith(("iso-2022", "utf-7")) and not is_json):
         guess = charset
     for codec in filter(None, [guess, charset]):
         try:
@@ -992,7 +990,7 @@ def tls_context() -> Any:
 
 def status_line(status: int) -> str:
     """The status with its standard reason; the upstream's own reason could say anything."""
-    return f"{status} {REASONS.get(status, '')}".strip()
+    return f"{status} {http_client.responses.get(status, '')}".strip()
 
 
 def retry_after(response: httpx.Response) -> float | None:
@@ -1033,6 +1031,13 @@ def freshness(headers: httpx.Headers, ttl: float) -> float | None:
     return ttl
 
 
+DEFAULT_HEADERS = {
+    "User-Agent": f"small-mcp-servers/{__version__}",
+    "Accept": f"{JSON_TYPE}, */*;q=0.8",
+    "Accept-Encoding": "gzip",
+}
+
+
 class Upstream:
     """One API: its connection pool, its token bucket, its cache, and the requests under way."""
 
@@ -1051,7 +1056,7 @@ class Upstream:
         self._mask = config.mask
         self._sleep = sleep
         self._timer = timer
-        self._client: httpx.AsyncClient | None = None
+        self._pool: httpx.AsyncHTTPTransport | None = None
         self._flights: dict[bytes, Flight] = {}
         self.cache = TTLCache[bytes, Answer](CACHE_ENTRIES, self.api.cache_ttl, max_bytes=CACHE_BYTES, timer=timer)
         self.bucket: TokenBucket | None = None
@@ -1148,17 +1153,17 @@ class Upstream:
     async def _send(self, call: Call, stale: Answer | None, deadline: float) -> httpx.Response:
         """One attempt: a token, a request, and the same again for each redirect. The caller closes the response."""
         method, url, content = call.method, call.url, call.content
-        client = self._open_client()
-        headers = dict(stale.validators) if stale else {}
-        if content is not None and "content-type" not in client.headers:
-            headers["Content-Type"] = call.content_type
+        headers = httpx.Headers({**DEFAULT_HEADERS, **(stale.validators if stale else {})})
+        headers.update({"Content-Type": call.content_type} if content is not None else {})
+        headers.update(self._headers)
         for _ in range(MAX_REDIRECTS + 1):
-            # httpx would send X-API-Key and its like to whatever a redirect names: each hop is checked before it.
             require_inside(self.base_url, url, self.name)
             await self._take_token(deadline)
-            response = await client.send(
-                client.build_request(method, url, content=content, headers=headers), stream=True
+            timeouts = {"connect": min(CONNECT_TIMEOUT, self._seconds)} | dict.fromkeys(
+                ("read", "write", "pool"), self._seconds
             )
+            request = httpx.Request(method, url, headers=headers, content=content, extensions={"timeout": timeouts})
+            response = await self._open_pool().handle_async_request(request)
             if response.status_code not in (301, 302, 303, 307, 308) or "location" not in response.headers:
                 return response
             await response.aclose()
@@ -1168,7 +1173,7 @@ class Upstream:
                 raise ToolError(f"{self.name} redirects to something that is no URL; nothing was sent there") from None
             if method not in SAFE and response.status_code in (301, 302, 303):
                 method, content = "GET", None
-                headers.pop("Content-Type", None)
+                headers.pop("Content-Type", None)  # there is no body any more
                 if method not in self.api.methods:
                     raise ToolError(f"{self.name} took the {call.method} and redirects to a GET, which is not allowed")
         raise ToolError(f"{self.name} redirects more than {MAX_REDIRECTS} times; try the endpoint it leads to")
@@ -1179,8 +1184,8 @@ class Upstream:
         wait = await self.bucket.acquire(deadline - asyncio.get_running_loop().time())
         if wait:
             raise ToolError(
-                f"the rate limit of {self.name} is used up ({self.api.rate_limit} calls per {self.api.rate_period:g} s); "
-                f"try again in {math.ceil(wait)} s"
+                f"the rate limit of {self.name} ({self.api.rate_limit} calls per {self.api.rate_period:g} s) is used "
+                f"up; try again in {math.ceil(wait)} s"
             )
 
     async def _finish(self, call: Call, response: httpx.Response, stale: Answer | None) -> tuple[Answer, str]:
@@ -1254,27 +1259,22 @@ class Upstream:
             case _:
                 return f"{self.name} broke off the connection before its answer was complete; try again"
 
-    def _open_client(self) -> httpx.AsyncClient:
-        if self._client is None:
-            self._client = httpx.AsyncClient(
-                headers={"User-Agent": f"small-mcp-servers/{__version__}", "Accept": f"{JSON_TYPE}, */*;q=0.8"}
-                | {"Accept-Encoding": "gzip", **self._headers},
+    def _open_pool(self) -> httpx.AsyncHTTPTransport:
+        # Not httpx.AsyncClient: that keeps cookies between callers, sends keys to the proxy that the environment names
+        # and reads .netrc, and on a redirect forwards X-API-Key and its like to whatever host the answer names.
+        if self._pool is None:
+            self._pool = httpx.AsyncHTTPTransport(
                 verify=tls_context() if self.base_url.scheme == "https" else False,
-                # The environment's proxies would see every key, and .netrc would add some.
                 trust_env=False,
-                follow_redirects=False,
-                # A cookie from one answer would change the next one, across callers and behind the cache's back.
-                cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),
                 limits=httpx.Limits(max_connections=MAX_CONNECTIONS, keepalive_expiry=15),
-                timeout=httpx.Timeout(self._seconds, connect=min(CONNECT_TIMEOUT, self._seconds)),
             )
-        return self._client
+        return self._pool
 
     async def close(self) -> None:
         """Close the connections; the next call would open new ones."""
-        client, self._client = self._client, None
-        if client is not None:
-            await client.aclose()
+        pool, self._pool = self._pool, None
+        if pool is not None:
+            await pool.aclose()
 
 
 # ---------------------------------------------------------------------------------------------------------- server
@@ -1314,7 +1314,13 @@ def render(answer: Answer, note: str, select: str, offset: int, max_output: int)
             raise ToolError("the JSON is nested too deeply for select; leave select out") from None
     if offset and offset >= len(text):
         raise ToolError(f"offset={offset} is past the end: there are {len(text)} characters; use a smaller offset")
-    facts = [status_line(answer.status), *([answer.content_type] if answer.content_type else []), note, *body.facts, *answer.headers]
+    facts = [
+        status_line(answer.status),
+        *([answer.content_type] if answer.content_type else []),
+        note,
+        *body.facts,
+        *answer.headers,
+    ]
     room = max(max_output - len(trailer(*facts)) - 100, max_output // 2, 1) if max_output else len(text)
     end = min(len(text), offset + room)
     if offset or end < len(text):
@@ -1331,6 +1337,7 @@ def build_server(
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
 ) -> Server:
     """The server with its three tools. Raises ConfigError if an OpenAPI file cannot be read."""
+    logging.getLogger("httpcore").setLevel(logging.WARNING)  # at DEBUG it logs headers
     upstreams: dict[str, Upstream] = {}
     for name in config.apis:
         try:
@@ -1440,8 +1447,6 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="print what the file means, secrets masked, and exit")
 
     def build(args: argparse.Namespace, options: Options) -> Server:
-        for library in ("httpx", "httpcore"):  # they log URLs, and at DEBUG every header with its key
-            logging.getLogger(library).setLevel(logging.WARNING)
         config = load_config(args.apis, os.environ)
         server = build_server(config, options)
         if args.check:

@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -17,6 +17,12 @@ class Seen:
     target: str
     headers: dict[str, str]
     body: bytes = b""
+    hung_up: Callable[[], bool] = bool
+
+    async def gone(self) -> None:
+        """Return when the client has hung up."""
+        while not self.hung_up():  # noqa: ASYNC110 - the stream has no event for it
+            await asyncio.sleep(0.01)
 
     @property
     def path(self) -> str:
@@ -27,7 +33,7 @@ Handler = Callable[[Seen, asyncio.StreamWriter], Awaitable[None]]
 
 
 def reply(
-    body: bytes | str | Mapping[str, Any] | list[Any] = b"",
+    body: bytes | str | Mapping[str, Any] | Sequence[Any] = b"",
     status: int = 200,
     headers: Mapping[str, str] | None = None,
     content_type: str = "application/json",
@@ -89,7 +95,7 @@ class Site:
                 method, target, _ = first.split(" ")
                 headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
                 body = await reader.readexactly(int(headers.get("content-length", "0")))
-                seen = Seen(method, target, headers, body)
+                seen = Seen(method, target, headers, body, reader.at_eof)
                 self.requests.append(seen)
                 await self._answer(seen, writer)
                 await writer.drain()
@@ -102,15 +108,15 @@ class Site:
                 await writer.wait_closed()
 
     async def _answer(self, seen: Seen, writer: asyncio.StreamWriter) -> None:
-        answer = self.routes.get(seen.path)
-        if seen.path.endswith("/echo") and answer is None:
+        route = self.routes.get(seen.path)
+        if seen.path.endswith("/echo") and route is None:
             echo = {"method": seen.method, "target": seen.target, "headers": seen.headers, "body": seen.body.decode()}
-            answer = reply(echo)
-        if isinstance(answer, list):
-            answer = answer.pop(0) if len(answer) > 1 else answer[0]
-        if answer is None:
-            answer = reply({"error": "not here"}, 404)
-        if isinstance(answer, bytes):
-            writer.write(answer if seen.method != "HEAD" else answer.partition(b"\r\n\r\n")[0] + b"\r\n\r\n")
-        else:
-            await answer(seen, writer)
+            route = reply(echo)
+        if callable(route):
+            await route(seen, writer)
+            return
+        if route is None:
+            route = reply({"error": "not here"}, 404)
+        if isinstance(route, list):
+            route = route.pop(0) if len(route) > 1 else route[0]
+        writer.write(route if seen.method != "HEAD" else route.partition(b"\r\n\r\n")[0] + b"\r\n\r\n")
