@@ -28,16 +28,17 @@ import sys
 import time
 import unicodedata
 import zlib
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence, Sized
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from functools import cache
+from functools import cache, lru_cache, partial
 from http import client as http_client
 from pathlib import Path
 from random import uniform
-from typing import Annotated, Any, Literal, TypeGuard
+from typing import Annotated, Any, Literal, TypeGuard, TypeVar
 from urllib.parse import parse_qsl, quote, unquote, urlencode
 
 import httpx
@@ -61,6 +62,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 MAX_APIS = 60  # with the longest descriptions, list_apis still stays below 40,000 characters
 MAX_BODY = 5_000_000  # bytes of an answer, decompressed; parsed JSON takes up to 25 times that in memory
+LONG_BODY = 100_000  # bytes from which an answer is worked on in a thread: about a millisecond's work
 MAX_REQUEST = 1_000_000  # bytes of a request body
 MAX_URL = 8_000  # characters; common servers refuse longer ones
 MAX_DECODES = 4  # rounds of percent-decoding; nobody means more than two
@@ -96,9 +98,17 @@ _EXACT = f"\0{secrets.token_hex(8)}:"
 _EXACT_JSON = re.compile(f'"\\\\u0000{_EXACT[1:]}([^"]*)"')
 
 
+T = TypeVar("T")
+
+
 def is_object(value: object) -> TypeGuard[dict[str, Any]]:
     """Whether a JSON value is an object."""
     return isinstance(value, dict)
+
+
+def is_structure(value: object) -> bool:
+    """Whether a JSON value is an object or a list."""
+    return isinstance(value, dict | list)
 
 
 def is_list(value: object) -> TypeGuard[list[Any]]:
@@ -130,19 +140,30 @@ def dump_json(value: Any) -> str:
 # --------------------------------------------------------------------------------------------------------- secrets
 
 
-def _spellings(char: str) -> list[str]:
-    """Patterns for one character as URLs, JSON and HTML write it. Repetitions are bounded, against runaway matching."""
-    code = "".join(f"[{digit}{digit.upper()}]" if digit.isalpha() else digit for digit in f"{ord(char):02x}")
-    named = {"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;", " ": r"\+"}
-    spellings = [f"%(?:25){{0,3}}{code}", rf"\\{{1,4}}u00{code}", f"&#0{{0,5}}{ord(char)};", f"&#[xX]0{{0,5}}{code};"]
-    spellings += [rf"\\{{1,4}}{re.escape(char)}"] if char in '"\\/' else []
-    return spellings + ([named[char]] if char in named else [])
+def _spellings(characters: str) -> list[str]:
+    """Patterns for any one of the characters as URLs, JSON and HTML write it. Each begins with a plain character, which
+    makes the search fast, and bounds its repetitions, against runaway matching."""
+    rows: dict[str, str] = {}
+    for code in (f"{ord(char):02x}" for char in characters):
+        rows[code[0]] = rows.get(code[0], "") + code[1] + code[1].upper()
+    code = "(?:" + "|".join(f"{high}[{low}]" for high, low in rows.items()) + ")"
+    decimal = "|".join(str(ord(char)) for char in characters)
+    named = {"&": "amp", "<": "lt", ">": "gt", '"': "quot"}
+    html = "".join(f"|{named[char]}" for char in characters if char in named)
+    plain = "".join(f"|{re.escape(char)}" for char in characters if char in '"\\/')
+    spellings = [
+        f"%(?:25){{0,3}}{code}",
+        rf"\\\\{{0,3}}(?:u00{code}{plain})",
+        f"&(?:#0{{0,5}}(?:{decimal})|#[xX]0{{0,5}}{code}{html});",
+    ]
+    return [*spellings, r"\+"] if " " in characters else spellings
 
 
-def _pattern(text: str) -> str:
+@cache
+def _pattern(text: str) -> re.Pattern[str]:
     """`text` as a pattern that matches each of its characters in any spelling; + and / also as URL-safe base64."""
     url_safe = {"+": ["-"], "/": ["_"]}
-    return "".join(f"(?:{'|'.join([re.escape(c), *url_safe.get(c, []), *_spellings(c)])})" for c in text)
+    return re.compile("".join(f"(?:{'|'.join([re.escape(c), *url_safe.get(c, []), *_spellings(c)])})" for c in text))
 
 
 class Masker:
@@ -154,12 +175,11 @@ class Masker:
     """
 
     def __init__(self, values: Sequence[str]) -> None:
-        self._forms: list[tuple[tuple[str, ...], re.Pattern[str]]] = []
-        for form in sorted({form for value in values for form in self._forms_of(value)}, key=len, reverse=True):
-            literals = (form, form.replace("+", "-").replace("/", "_"))
-            self._forms.append((literals, re.compile(_pattern(form))))
-        characters = {char for literals, _ in self._forms for char in literals[0]}
-        self._escapes = re.compile("|".join(s for char in sorted(characters) for s in _spellings(char)) or r"(?!)")
+        self._forms = sorted({form for value in values for form in self._forms_of(value)}, key=len, reverse=True)
+        characters = "".join(sorted(set("".join(self._forms))))
+        self._escapes = re.compile("|".join(_spellings(characters)) if characters else r"(?!)")
+        # A page of a cached answer is masked once, not at every hit; longer texts are too large to keep.
+        self._remembered = lru_cache(maxsize=32)(self._mask)
 
     @staticmethod
     def _forms_of(value: str) -> Iterator[str]:
@@ -180,10 +200,13 @@ class Masker:
 
     def __call__(self, text: str) -> str:
         """`text` with every secret replaced by ***."""
+        return self._remembered(text) if len(text) < LONG_BODY else self._mask(text)
+
+    def _mask(self, text: str) -> str:
         escaped = self._escapes.search(text) is not None  # without it, looking for the plain forms is enough
-        for literals, pattern in self._forms:
-            if escaped or any(literal in text for literal in literals):
-                text = pattern.sub(MASK, text)
+        for form in self._forms:
+            if escaped or form in text or form.replace("+", "-").replace("/", "_") in text:
+                text = _pattern(form).sub(MASK, text)
         return text
 
     def json(self, value: Any) -> Any:
@@ -509,7 +532,7 @@ class Decompressor:
 
     def __init__(self) -> None:
         self._zlib = zlib.decompressobj(wbits=47)  # 47: gzip or zlib, whichever the header says
-        self.complete = False
+        self.complete = True
 
     def feed(self, piece: bytes, limit: int) -> bytes:
         """At most `limit` bytes. Raises zlib.error."""
@@ -541,7 +564,7 @@ async def read_body(response: httpx.Response, limit: int) -> tuple[bytes, bool]:
                 return bytes(body[:limit]), False
     except zlib.error:
         raise ToolError("the answer is not the gzip data that it claims to be; try another endpoint") from None
-    if decompressor and body and not decompressor.complete:
+    if decompressor and not decompressor.complete:
         raise ToolError("the compressed answer ends too early; call again")
     return bytes(body), True
 
@@ -567,6 +590,17 @@ def decode_text(body: bytes, content_type: str) -> tuple[str | None, list[str]]:
     if TEXT_TYPES.match(content_type.lower()) and b"\0" not in body:
         return body.decode("utf-8", "replace"), ["not valid UTF-8: unreadable bytes shown as \ufffd"]
     return None, []
+
+
+# One thread: parsing holds the interpreter lock anyway, and several at once would each take their share of memory.
+WORKER = ThreadPoolExecutor(1, "long-body")
+
+
+async def in_thread_if_long(content: Sized, function: Callable[..., T], *args: Any) -> T:
+    """Work on a long body in the thread: on the event loop it would hold up every other call."""
+    if len(content) < LONG_BODY:
+        return function(*args)
+    return await asyncio.get_running_loop().run_in_executor(WORKER, partial(function, *args))
 
 
 @dataclass(frozen=True)
@@ -605,40 +639,56 @@ def read_text(body: bytes, content_type: str, mask: Masker) -> Body:
 # items[*].name    the name of each item           items[0]["a.b"]     an index; a name in quotes
 # id,name          an object of two fields         items[*].{id,owner.login}    the same for each item
 
-ALL = "[*]"
-MISSING = object()
 SELECT_ADVICE = "write a path such as items[0].name, items[*].owner.login or items[*].{id,name}"
-_STEP = re.compile(r'\.?(?:\[(-?\d{1,9})\]|(\[\*\]|\[\])|\["([^"]*)"\]|\{([^{}]*)\}|\[([^\[\]"{}]+)\]|([^.\[\]{},"]+))')
+MISSING = object()
+_STEP = re.compile(
+    r"""\.?(?: \[(?P<index>-?\d{1,9})] | (?P<each>\[\*?]) | \["(?P<quoted>[^"]*)"]
+           | \{(?P<braces>[^{}]*)} | \[(?P<brackets>[^][{}"]+)] | (?P<name>[^].[{},"]+) )""",
+    re.VERBOSE,
+)
 
-Step = str | int | tuple[tuple[str, "Steps"], ...]  # a name, an index, or fields: each its label and its own steps
-Steps = tuple[tuple[Literal["name", "index", "all", "fields"], Step], ...]
+
+@dataclass(frozen=True)
+class Each:
+    """The step [*]."""
 
 
-def parse_select(text: str) -> Steps:
+@dataclass(frozen=True)
+class Fields:
+    """The step {a,b}: each field's text, which becomes its name in the result, and its own steps."""
+
+    fields: tuple[tuple[str, "tuple[Step, ...]"], ...]
+
+
+Step = str | int | Each | Fields
+
+
+def parse_select(text: str) -> tuple[Step, ...]:
     """The steps of one path, with no comma outside braces. Raises ToolError."""
     text = text.strip().removeprefix("$")
-    steps: list[Any] = []
+    steps: list[Step] = []
     position = 0
     while position < len(text):
         match = _STEP.match(text, position)
         if match is None:
             raise ToolError(f"select is wrong at {text[position : position + 20]!r}; {SELECT_ADVICE}")
-        index, every, quoted, braces, brackets, name = match.groups()
-        if index is not None:
-            steps.append(("index", int(index)))
-        elif every is not None:
-            steps.append(("all", ALL))
-        elif braces is not None or brackets is not None:
-            steps.append(("fields", parse_fields((braces or brackets).split(","))))
-        else:
-            steps.append(("name", quoted if quoted is not None else name.strip()))
+        found = match[match.lastgroup or 0]
+        match match.lastgroup:
+            case "index":
+                steps.append(int(found))
+            case "each":
+                steps.append(Each())
+            case "braces" | "brackets":
+                steps.append(parse_fields(found.split(",")))
+            case _:
+                steps.append(found if match.lastgroup == "quoted" else found.strip())
         position = match.end()
     return tuple(steps)
 
 
-def parse_fields(parts: Sequence[str]) -> tuple[tuple[str, Steps], ...]:
-    """Fields as pairs of the text they were asked with, which becomes their name in the result, and their steps."""
-    return tuple((part.strip(), parse_select(part)) for part in parts if part.strip())
+def parse_fields(parts: Sequence[str]) -> Fields:
+    """One step that takes several paths."""
+    return Fields(tuple((part.strip(), parse_select(part)) for part in parts if part.strip()))
 
 
 class Selection:
@@ -647,40 +697,45 @@ class Selection:
     def __init__(self) -> None:
         self._visits = 0
         self._found: set[str] = set()
-        self._missing: dict[str, str] = {}  # each field that was not there at least once, and what was there instead
-        self._problem = ""
+        self._missing: dict[str, tuple[Step, Any]] = {}  # fields that were missing at least once, and where
+        self._problem: tuple[Step, Any] = ("", None)
 
-    def run(self, value: Any, steps: Steps) -> Any:
+    def run(self, value: Any, steps: Sequence[Step]) -> Any:
         """What the steps lead to. Raises ToolError if nothing is there, naming what is."""
         result = self._follow(value, steps)
-        if result is MISSING:
-            raise ToolError(self._problem)
-        for label, problem in self._missing.items():
-            if label not in self._found:  # there in some items: null in the others; in none: surely a mistake
-                raise ToolError(problem)
+        problems = [] if result is not MISSING else [self._problem]
+        # A field that some items have is null in the others; one that none has is surely a mistake.
+        problems += [problem for label, problem in self._missing.items() if label not in self._found]
+        if problems:
+            raise ToolError(self._explain(*problems[0]))
         return result
 
-    def _follow(self, value: Any, steps: Steps) -> Any:
-        for number, (kind, step) in enumerate(steps):
+    def _follow(self, value: Any, steps: Sequence[Step]) -> Any:
+        for number, step in enumerate(steps):
             self._visits += 1
             if self._visits > MAX_VISITS:
                 raise ToolError(f"select would look at more than {MAX_VISITS:,} values; choose a smaller part")
-            if kind == "all" and is_list(value):
-                rest = steps[number + 1 :]
-                results = [self._follow(item, rest) for item in value]
+            if isinstance(step, Fields):
+                return self._take(value, step)
+            if isinstance(step, Each) and is_list(value):
+                results = [self._follow(item, steps[number + 1 :]) for item in value]
                 if results and all(result is MISSING for result in results):
                     return MISSING
                 return [None if result is MISSING else result for result in results]
-            if isinstance(step, tuple):
-                return self._fields(value, step)
-            value = self._step(value, kind, step)
-            if value is MISSING:
+            if is_list(value) and isinstance(step, str) and step.isdecimal():
+                step = int(step)
+            try:
+                if isinstance(value, str) or isinstance(step, Each):
+                    raise TypeError
+                value = value[step]
+            except (KeyError, IndexError, TypeError):
+                self._problem = (step, value)
                 return MISSING
         return value
 
-    def _fields(self, value: Any, fields: tuple[tuple[str, Steps], ...]) -> Any:
+    def _take(self, value: Any, step: Fields) -> dict[str, Any]:
         results: dict[str, Any] = {}
-        for label, steps in fields:
+        for label, steps in step.fields:
             result = self._follow(value, steps)
             if result is MISSING:
                 self._missing.setdefault(label, self._problem)
@@ -689,22 +744,16 @@ class Selection:
             results[label] = None if result is MISSING else result
         return results
 
-    def _step(self, value: Any, kind: str, step: str | int) -> Any:
-        if is_list(value) and isinstance(step, str) and step.isdecimal():
-            kind, step = "index", int(step)
-        if kind == "index" and is_list(value) and isinstance(step, int) and -len(value) <= step < len(value):
-            return value[step]
-        if kind == "name" and is_object(value) and step in value:
-            return value[step]
+    @staticmethod
+    def _explain(step: Step, value: Any) -> str:
+        wanted = "a list" if isinstance(step, Each) else f"{step!r}"
         if is_object(value):
-            names = ", ".join(list(value)[:20]) + (", …" if len(value) > 20 else "")
-            there = f"an object with {clip(names, 500) or 'nothing in it'}"
+            there = f"an object with {clip(', '.join(value), 300) or 'nothing in it'}"
         elif is_list(value):
-            there = f"a list of {len(value)}; use [*] for each item or [0] for the first"
+            there = f"a list of {len(value)}: use [*] for each item, [0] for the first"
         else:
-            there = f"the value {dump_json(value)[:60]}"
-        self._problem = f"select finds no {step!r}: at that place is {there}"
-        return MISSING
+            there = f"the value {clip(dump_json(value), 60)}"
+        return f"select finds no {wanted} where there is {there}"
 
 
 def parse_parts(select: str) -> list[str]:
@@ -728,12 +777,12 @@ def select_json(value: Any, select: str) -> Any:
     place = prefix[0] if prefix else ""
     nested = parse_fields([part.strip().removeprefix(place) for part in parts])
     try:
-        return Selection().run(value, (*parse_select(place.removesuffix(".")), ("fields", nested)))
+        return Selection().run(value, (*parse_select(place.removesuffix(".")), nested))
     except ToolError as problem:
         if not place:
             raise
         try:
-            return Selection().run(value, (("fields", parse_fields(parts)),))
+            return Selection().run(value, (parse_fields(parts),))
         except ToolError:
             raise problem from None
 
@@ -757,7 +806,7 @@ class Operation:
         """The operation in one line."""
         summary = " ".join(str(self.spec.get("summary") or self.spec.get("description") or "").split())
         name = f" ({self.spec['operationId']})" if "operationId" in self.spec else ""
-        return f"{self.method} {self.path}: {clip(summary, 100)}{name}"
+        return f"{self.method} {self.path}{': ' if summary else ''}{clip(summary, 100)}{name}"
 
 
 def as_object(value: object) -> dict[str, Any]:
@@ -926,14 +975,15 @@ class Shape:
             return "…"
         for key in ("oneOf", "anyOf"):
             if is_list(choices := schema.get(key)):
-                return {key: [self.of(choice, depth - 1, seen) for choice in choices[:20]]}
+                shapes = [self.of(choice, depth - 1, seen) for choice in choices[:20]] + ["…"] * (len(choices) > 20)
+                return {key: shapes} if any(map(is_structure, shapes)) else " | ".join(dict.fromkeys(shapes))
         if is_list(schema.get("allOf")) or is_object(schema.get("properties")):
             return self._object(schema, depth, seen)
         if "items" in schema:
             return [self.of(schema["items"], depth - 1, seen)]
         if is_object(schema.get("additionalProperties")):
             return {"<any name>": self.of(schema["additionalProperties"], depth - 1, seen)}
-        if is_list(values := schema.get("enum")):
+        if is_list(values := [schema["const"]] if "const" in schema else schema.get("enum")):
             return " | ".join(clip(str(value), 40) for value in values[:20]) + (" | …" if len(values) > 20 else "")
         kind = schema.get("type", "any")
         name = "|".join(str(one) for one in kind) if is_list(kind) else str(kind)
@@ -1193,7 +1243,7 @@ class Upstream:
         if stale is not None and response.status_code == 304:
             return self._keep(call, stale, freshness(response.headers, stale.ttl or 0.0), "revalidated (304)")
         ttl = freshness(response.headers, self.api.cache_ttl)
-        content_type = response.headers.get("content-type", "")[:200]
+        content_type = clip(response.headers.get("content-type", ""), 100)
         if not response.is_success:
             await self._raise_http_error(call, response, content_type)
         body, whole = await read_body(response, MAX_BODY)
@@ -1206,7 +1256,7 @@ class Upstream:
         }
         answer = Answer(
             response.status_code,
-            read_text(body, content_type, self._mask),
+            await in_thread_if_long(body, read_text, body, content_type, self._mask),
             content_type,
             tuple(self._passed_on(response.headers)),
             validators,
@@ -1243,7 +1293,7 @@ class Upstream:
         for name, value in headers.items():
             if name in ("link", "retry-after") or re.match(r"(x-)?rate-?limit", name):
                 text = value.replace(f"<{str(self.base_url).rstrip('/')}/", "</")
-                yield f"{name}: {text[:MAX_HEADER_TEXT]}" + ("…" if len(text) > MAX_HEADER_TEXT else "")
+                yield f"{name}: {clip(text, MAX_HEADER_TEXT)}"
 
     def _describe(self, exc: httpx.RequestError) -> str:
         """One sentence for the model; the exception's own text may name hosts, proxies and header values."""
@@ -1416,7 +1466,8 @@ def build_server(
             parse_parts(select)  # before anything is sent
         call = upstream.prepare(method, endpoint, params or {}, data)
         answer, note = await upstream.call(call, use_cache, offset)
-        return render(answer, note, select, offset, options.max_output)
+        long = answer.body.text if select else ""
+        return await in_thread_if_long(long, render, answer, note, select, offset, options.max_output)
 
     @server.tool(annotations=looks, structured_output=False)
     async def describe_api(

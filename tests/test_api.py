@@ -1232,7 +1232,7 @@ async def test_one_operation_is_shown_with_its_references_resolved(tmp_path: Pat
         assert "not in this file" in text
         assert "circle" in text
         assert '"kind?":"a | b"' in text
-        assert '"integer|null"' in text
+        assert '"either?":"string | integer|null"' in text
         assert '"both?":{"x?":"string","y?":"number"}' in text
         assert '"map?":{"<any name>":"boolean"}' in text
         assert "root:" not in text
