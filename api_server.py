@@ -441,20 +441,28 @@ def expand_header(name: str, template: str, environ: Mapping[str, str]) -> tuple
 
 
 @dataclass(frozen=True)
-class Config:
-    """The file, checked: each API with its parsed base URL, its headers filled in, and what masks all secrets."""
+class Target:
+    """One API of the file, checked: its base URL parsed, its headers filled in."""
 
-    apis: dict[str, Api]
-    base_urls: dict[str, httpx.URL]
-    headers: dict[str, dict[str, str]] = field(repr=False)
-    folder: Path
+    name: str
+    api: Api
+    base_url: httpx.URL
+    headers: dict[str, str] = field(repr=False)
+    openapi: Path | None
+
+
+@dataclass(frozen=True)
+class Config:
+    """The file, checked, and what masks all the secrets in it."""
+
+    targets: list[Target]
     mask: Masker
 
     def check(self) -> str:
         """What the server will do, as JSON, secrets masked: the answer to --check."""
         effective = {
-            name: api.model_dump() | {"base_url": str(self.base_urls[name]), "headers": self.headers[name]}
-            for name, api in self.apis.items()
+            target.name: target.api.model_dump() | {"base_url": str(target.base_url), "headers": target.headers}
+            for target in self.targets
         }
         return json.dumps(self.mask.json(effective), indent=2, ensure_ascii=False)
 
@@ -471,23 +479,27 @@ def _no_constant(text: str) -> Any:
     raise ConfigError(f"{text} is not JSON")
 
 
-def parse_api(entry: Any, environ: Mapping[str, str]) -> tuple[Api, httpx.URL, dict[str, str], list[str]]:
-    """One checked entry: as written, its base URL, its filled-in headers, the secrets. Raises ConfigError."""
+def parse_api(name: str, entry: Any, folder: Path, environ: Mapping[str, str]) -> tuple[Target, list[str]]:
+    """One checked entry, and the secrets in it. Raises ConfigError."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", name):
+        raise ConfigError("a name is up to 64 letters, digits, dots, dashes and underscores")
     try:
         api = Api.model_validate(entry)
     except ValidationError as exc:
         error = exc.errors(include_url=False, include_input=False)[0]
-        place = ".".join(str(part) for part in error["loc"])
-        message = f"{error['msg'][0].lower()}{error['msg'][1:]}"
+        place = "".join(f"{part}: " for part in [".".join(str(part) for part in error["loc"])] if part)
         if error["type"] == "extra_forbidden":
-            message = f"unknown key; the keys are {', '.join(Api.model_fields)}"
-        raise ConfigError(f"{place}: {message}" if place else message) from None
-    base_url = parse_base_url(api.base_url)
-    expanded = {name: expand_header(name, template, environ) for name, template in api.headers.items()}
-    if len({name.lower() for name in expanded}) < len(expanded):
-        raise ConfigError("headers: a header is there twice")
-    found = [secret for _, secrets_in_it in expanded.values() for secret in secrets_in_it]
-    return api, base_url, {name: value for name, (value, _) in expanded.items()}, found
+            raise ConfigError(f"{place}unknown key; the keys are {', '.join(Api.model_fields)}") from None
+        raise ConfigError(f"{place}{error['msg'][0].lower()}{error['msg'][1:]}") from None
+    headers: dict[str, str] = {}
+    found: list[str] = []
+    for header, template in api.headers.items():
+        if header.lower() in map(str.lower, headers):
+            raise ConfigError(f"headers.{header}: is there twice")
+        headers[header], secrets_in_it = expand_header(header, template, environ)
+        found += secrets_in_it
+    openapi = folder / api.openapi if api.openapi is not None else None
+    return Target(name, api, parse_base_url(api.base_url), headers, openapi), found
 
 
 def load_config(path: Path, environ: Mapping[str, str]) -> Config:
@@ -502,19 +514,16 @@ def load_config(path: Path, environ: Mapping[str, str]) -> Config:
         raise ConfigError(f"{path}: not valid JSON: {exc}") from None
     if not is_object(document) or not document or len(document) > MAX_APIS:
         raise ConfigError(f"{path}: must be one JSON object that maps 1 to {MAX_APIS} names to an API each")
-    apis: dict[str, Api] = {}
-    base_urls: dict[str, httpx.URL] = {}
-    headers: dict[str, dict[str, str]] = {}
+    targets: list[Target] = []
     found: list[str] = []
     for name, entry in document.items():
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", name):
-            raise ConfigError(f"{path}: {name!r}: a name is up to 64 letters, digits, dots, dashes and underscores")
         try:
-            apis[name], base_urls[name], headers[name], more = parse_api(entry, environ)
+            target, secrets_in_it = parse_api(name, entry, path.parent, environ)
         except ConfigError as exc:
-            raise ConfigError(f"{path}: {name}: {exc}") from None
-        found += more
-    return Config(apis, base_urls, headers, path.parent, Masker(found))
+            raise ConfigError(f"{path}: {name if name.isprintable() else repr(name)}: {exc}") from None
+        targets.append(target)
+        found += secrets_in_it
+    return Config(targets, Masker(found))
 
 
 # ---------------------------------------------------------------------------------------------------------- bodies
@@ -687,8 +696,10 @@ def parse_select(text: str) -> tuple[Step, ...]:
 
 
 def parse_fields(parts: Sequence[str]) -> Fields:
-    """One step that takes several paths."""
-    return Fields(tuple((part.strip(), parse_select(part)) for part in parts if part.strip()))
+    """One step that takes several paths. Raises ToolError."""
+    if not all(part.strip() for part in parts):
+        raise ToolError(f"select names an empty field; {SELECT_ADVICE}")
+    return Fields(tuple((part.strip(), parse_select(part)) for part in parts))
 
 
 class Selection:
@@ -724,13 +735,14 @@ class Selection:
                 return [None if result is MISSING else result for result in results]
             if is_list(value) and isinstance(step, str) and step.isdecimal():
                 step = int(step)
-            try:
-                if isinstance(value, str) or isinstance(step, Each):
-                    raise TypeError
+            if isinstance(step, int) and is_list(value) and -len(value) <= step < len(value):
                 value = value[step]
-            except (KeyError, IndexError, TypeError):
-                self._problem = (step, value)
-                return MISSING
+                continue
+            if isinstance(step, str) and is_object(value) and step in value:
+                value = value[step]
+                continue
+            self._problem = (step, value)
+            return MISSING
         return value
 
     def _take(self, value: Any, step: Fields) -> dict[str, Any]:
@@ -746,14 +758,14 @@ class Selection:
 
     @staticmethod
     def _explain(step: Step, value: Any) -> str:
-        wanted = "a list" if isinstance(step, Each) else f"{step!r}"
+        wanted = "no list" if isinstance(step, Each) else f"no {step!r}"
         if is_object(value):
             there = f"an object with {clip(', '.join(value), 300) or 'nothing in it'}"
         elif is_list(value):
             there = f"a list of {len(value)}: use [*] for each item, [0] for the first"
         else:
             there = f"the value {clip(dump_json(value), 60)}"
-        return f"select finds no {wanted} where there is {there}"
+        return f"select finds {wanted} where there is {there}"
 
 
 def parse_parts(select: str) -> list[str]:
@@ -844,7 +856,7 @@ class OpenApi:
                     text = f"{head} {tags if is_list(tags) else ''} {str(spec.get('description', ''))[:2000]}".lower()
                     yield Operation(method, path, spec, shared if is_list(shared) else [], head, text)
 
-    def overview(self) -> str:
+    def _overview(self) -> str:
         """What the file describes, and its tags."""
         info = as_object(self._spec.get("info"))
         counts: dict[str, int] = {}
@@ -860,8 +872,10 @@ class OpenApi:
         return "\n".join([*lines, f"tags: {tags_line or 'none'}{more}", trailer("give search, or endpoint")])
 
     def search(self, query: str) -> str:
-        """The operations that hold every word of the query, or else the most of them; the best first."""
+        """The operations that hold every word of the query, or else some of them; the best first. All tags for none."""
         words = query.lower().split()[:10]
+        if not words:
+            return self._overview()
         ranked: list[tuple[int, int, int, Operation]] = []
         for operation in self.operations:
             found = sum(word in operation.text for word in words)
@@ -1021,7 +1035,6 @@ class Answer:
     headers: tuple[str, ...]
     validators: dict[str, str]
     ttl: float | None
-    note: str = ""
 
 
 @dataclass
@@ -1092,27 +1105,22 @@ class Upstream:
     """One API: its connection pool, its token bucket, its cache, and the requests under way."""
 
     def __init__(
-        self,
-        name: str,
-        config: Config,
-        *,
-        timer: Callable[[], float] = time.monotonic,
-        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        self, target: Target, mask: Masker, timer: Callable[[], float], sleep: Callable[[float], Awaitable[None]]
     ) -> None:
-        self.name = name
-        self.api = config.apis[name]
-        self.base_url = config.base_urls[name]
-        self._headers = config.headers[name]
-        self._mask = config.mask
-        self._sleep = sleep
-        self._timer = timer
-        self._pool: httpx.AsyncHTTPTransport | None = None
-        self._flights: dict[bytes, Flight] = {}
-        self.cache = TTLCache[bytes, Answer](CACHE_ENTRIES, self.api.cache_ttl, max_bytes=CACHE_BYTES, timer=timer)
+        self.name = target.name
+        self.api = target.api
+        self.base_url = target.base_url
+        self.spec = OpenApi(target.openapi, target.api.methods) if target.openapi else None
         self.bucket: TokenBucket | None = None
         if (limit := self.api.rate_limit) is not None:
             self.bucket = TokenBucket(limit, limit / self.api.rate_period, timer=timer, sleep=sleep)
-        self.spec = OpenApi(config.folder / self.api.openapi, self.api.methods) if self.api.openapi else None
+        self.cache = TTLCache[bytes, Answer](CACHE_ENTRIES, self.api.cache_ttl, max_bytes=CACHE_BYTES, timer=timer)
+        self._headers = target.headers
+        self._mask = mask
+        self._timer = timer
+        self._sleep = sleep
+        self._pool: httpx.AsyncHTTPTransport | None = None
+        self._flights: dict[bytes, Flight] = {}
         # A little less than the time every tool has, so that it is this message that the model reads.
         self._seconds = min(self.api.timeout, TIME_LIMIT - 0.5)
 
@@ -1171,7 +1179,7 @@ class Upstream:
             raise ToolError(
                 f"{self.name} did not finish its answer within {self._seconds:g} s; ask for less, or try again later"
             ) from None
-        except httpx.RequestError as exc:
+        except (httpx.RequestError, OSError) as exc:
             raise ToolError(self._describe(exc)) from None
 
     async def _attempt(self, call: Call, stale: Answer | None, deadline: float) -> tuple[Answer, str]:
@@ -1243,7 +1251,7 @@ class Upstream:
         if stale is not None and response.status_code == 304:
             return self._keep(call, stale, freshness(response.headers, stale.ttl or 0.0), "revalidated (304)")
         ttl = freshness(response.headers, self.api.cache_ttl)
-        content_type = clip(response.headers.get("content-type", ""), 100)
+        content_type = clip(response.headers.get("content-type", ""), 200)
         if not response.is_success:
             await self._raise_http_error(call, response, content_type)
         body, whole = await read_body(response, MAX_BODY)
@@ -1285,8 +1293,9 @@ class Upstream:
             shown = str(exc)
         wait = retry_after(response)
         again = "" if wait is None else f"; try again in {math.ceil(wait)} s"
-        status = status_line(response.status_code)
-        raise ToolError(f"{self.name} answered {status} to {call.method} {call.url.path[:200]}{again}: {shown}")
+        limits = "".join(f"; {text}" for text in self._passed_on(response.headers) if "limit" in text.partition(":")[0])
+        what = f"{status_line(response.status_code)} to {call.method} {call.url.path[:200]}"
+        raise ToolError(f"{self.name} answered {what}{again}{limits}: {shown}")
 
     def _passed_on(self, headers: httpx.Headers) -> Iterator[str]:
         """The few response headers that a caller needs: pages and limits. Links below the base URL become endpoints."""
@@ -1295,7 +1304,7 @@ class Upstream:
                 text = value.replace(f"<{str(self.base_url).rstrip('/')}/", "</")
                 yield f"{name}: {clip(text, MAX_HEADER_TEXT)}"
 
-    def _describe(self, exc: httpx.RequestError) -> str:
+    def _describe(self, exc: httpx.RequestError | OSError) -> str:
         """One sentence for the model; the exception's own text may name hosts, proxies and header values."""
         match exc:
             case httpx.ConnectTimeout():
@@ -1351,7 +1360,7 @@ class ApiList(BaseModel):
     apis: list[ApiInfo]
 
 
-def render(answer: Answer, note: str, select: str, offset: int, max_output: int) -> str:
+def render(call: Call, answer: Answer, note: str, select: str, offset: int, max_output: int) -> str:
     """The body, or what `select` takes from it, from `offset` on; the last line says what it is and what was cut."""
     body = answer.body
     text = body.text
@@ -1375,8 +1384,12 @@ def render(answer: Answer, note: str, select: str, offset: int, max_output: int)
     end = min(len(text), offset + room)
     if offset or end < len(text):
         facts.append(f"characters {offset + 1}-{end} of {len(text)} shown")
+    resume = {"offset": end} if end < len(text) else {}
+    if resume and answer.ttl is None and call.method not in SAFE:
+        resume = {}
+        facts.append("the upstream forbids to keep the rest: use select")
     shown = text[offset:end]
-    return (shown + "\n" if shown else "") + trailer(*facts, **({"offset": end} if end < len(text) else {}))
+    return (shown + "\n" if shown else "") + trailer(*facts, **resume)
 
 
 def build_server(
@@ -1389,11 +1402,11 @@ def build_server(
     """The server with its three tools. Raises ConfigError if an OpenAPI file cannot be read."""
     logging.getLogger("httpcore").setLevel(logging.WARNING)  # at DEBUG it logs headers
     upstreams: dict[str, Upstream] = {}
-    for name in config.apis:
+    for target in config.targets:
         try:
-            upstreams[name] = Upstream(name, config, timer=timer, sleep=sleep)
+            upstreams[target.name] = Upstream(target, config.mask, timer, sleep)
         except ConfigError as exc:
-            raise ConfigError(f"{name}: {exc}") from None
+            raise ConfigError(f"{target.name}: {exc}") from None
     sessions = 0
 
     @asynccontextmanager
@@ -1467,7 +1480,7 @@ def build_server(
         call = upstream.prepare(method, endpoint, params or {}, data)
         answer, note = await upstream.call(call, use_cache, offset)
         long = answer.body.text if select else ""
-        return await in_thread_if_long(long, render, answer, note, select, offset, options.max_output)
+        return await in_thread_if_long(long, render, call, answer, note, select, offset, options.max_output)
 
     @server.tool(annotations=looks, structured_output=False)
     async def describe_api(
@@ -1484,9 +1497,12 @@ def build_server(
             )
         if search and endpoint:
             raise ToolError("give search or endpoint, not both")
-        if endpoint:
-            return upstream.spec.describe(endpoint)
-        return upstream.spec.search(search) if search.split() else upstream.spec.overview()
+        text = upstream.spec.describe(endpoint) if endpoint else upstream.spec.search(search)
+        if options.max_output and len(text) > options.max_output:
+            shown = text[: max(options.max_output - 100, 1)]
+            cut = f"characters 1-{len(shown)} of {len(text)} shown; ask for one operation: METHOD /path"
+            return shown + "\n" + trailer(cut)
+        return text
 
     return server
 

@@ -395,6 +395,17 @@ async def test_masked_json_is_still_json_and_can_be_selected_from(tmp_path: Path
             assert split(await call(client, "/n", select="{ok,id}"))[0] == '{"ok":1.10,"id":"***"}'
 
 
+async def test_an_error_tells_what_is_left_of_the_upstreams_limits(tmp_path: Path) -> None:
+    async with Site() as site, gateway(tmp_path, site) as client:
+        headers = {"X-RateLimit-Remaining": "0", "X-RateLimit-Reset": "1700000000", "Link": "<x>", "Server": "y"}
+        site.on("/v1/x", reply({"m": "no"}, 403, headers))
+        problem = await fails(client, "/x")
+        assert problem == (
+            "demo answered 403 Forbidden to GET /v1/x; x-ratelimit-remaining: 0; x-ratelimit-reset: 1700000000: "
+            '{"m":"no"}'
+        )
+
+
 async def test_a_basic_credential_is_masked_decoded_too(tmp_path: Path) -> None:
     async with Site() as site, gateway(tmp_path, site, headers={"Authorization": "Basic ${BASIC}"}) as client:
         site.on("/v1/auth", reply({"user": "aladdin", "password": "open sesame 42", "pair": "aladdin:open sesame 42"}))
@@ -1010,6 +1021,14 @@ async def test_the_rest_of_a_cut_post_is_shown_without_posting_again(tmp_path: P
         assert site.count("/v1/x") == 2
 
 
+async def test_the_rest_of_a_post_that_may_not_be_kept_is_not_promised(tmp_path: Path) -> None:
+    async with Site() as site, gateway(tmp_path, site, Options(max_output=500), methods=["POST"]) as client:
+        site.on("/v1/x", reply("z" * 800, headers={"Cache-Control": "no-store"}, content_type="text/plain"))
+        text = await call(client, "/x", method="POST")
+        assert "forbids to keep the rest" in text
+        assert "offset" not in text
+
+
 DOCUMENT: dict[str, Any] = {
     "total": 2,
     "items": [
@@ -1069,6 +1088,8 @@ async def test_select_takes_a_part_of_the_cached_body(tmp_path: Path, select: st
         ("total[*]", "the value 2"),
         ("items[0].owner.{login,nothing}", "login, tags"),
         ("items[*].id,nothing", "nothing"),
+        ("{}", "empty field"),
+        ("{total,}", "empty field"),
         ("{a", "other half"),
         ("a]b", "other half"),
         ("a{b{c}}", "other half"),
@@ -1306,7 +1327,7 @@ BAD_CONFIGS: dict[str, tuple[Any, str]] = {
     "no entry": ({"a": 5}, "a: "),
     "key twice": ('{"a": {"base_url": "http://h"}, "a": {"base_url": "http://i"}}', "twice"),
     "NaN": ('{"a": {"base_url": "http://h", "timeout": NaN}}', "NaN"),
-    "bad name": ({"a b": {"base_url": "http://h"}}, "'a b'"),
+    "bad name": ({"a b": {"base_url": "http://h"}}, "a b: a name"),
     "no base_url": ({"a": {}}, "a: base_url"),
     "unknown key": ({"a": {"base_url": "http://h", "ratelimit": 5}}, "a: ratelimit: unknown key"),
     "wrong type": ({"a": {"base_url": "http://h", "rate_limit": "5"}}, "a: rate_limit"),
