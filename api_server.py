@@ -163,7 +163,7 @@ def _spellings(characters: str) -> list[str]:
 def _pattern(text: str) -> re.Pattern[str]:
     """`text` as a pattern that matches each of its characters in any spelling; + and / also as URL-safe base64."""
     url_safe = {"+": ["-"], "/": ["_"]}
-    return re.compile("".join(f"(?:{'|'.join([re.escape(c), *url_safe.get(c, []), *_spellings(c)])})" for c in text))
+    return re.compile("".join(f"(?:{'|'.join([*_spellings(c), re.escape(c), *url_safe.get(c, [])])})" for c in text))
 
 
 class Masker:
@@ -253,7 +253,9 @@ def refuse_stage(stage: str) -> None:
     # CR and LF would add headers or a second request; other control characters are cut off or skipped by some.
     if any(unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") for char in stage):
         raise ToolError(f"endpoint holds a control character or broken Unicode; {ADVICE}")
-    folded = unicodedata.normalize("NFKC", stage).translate(LOOKALIKES)
+    # Some servers drop format marks such as soft hyphens, so that they must not hide what they stand between.
+    folded = "".join(char for char in unicodedata.normalize("NFKC", stage) if unicodedata.category(char) != "Cf")
+    folded = folded.translate(LOOKALIKES)
     # Browsers and some servers read \ as /, so \\host is //host.
     if "\\" in folded:
         raise ToolError(f"endpoint holds a backslash or a look-alike of it; {ADVICE}")
@@ -265,8 +267,8 @@ def refuse_stage(stage: str) -> None:
     if not folded.startswith("/") and re.match(r"[^/]*[:@]", folded):
         raise ToolError(f"endpoint looks like an absolute URL or user@host; {ADVICE}")
     for segment in folded.split("/"):
-        # "..;x" is a dot segment to Java servers, ". ." and soft hyphens to whoever strips blanks and format marks.
-        bare = "".join(char for char in segment.split(";")[0] if unicodedata.category(char) not in ("Cf", "Zs"))
+        # "..;x" is a dot segment to Java servers, and ". ." to those that strip blanks.
+        bare = "".join(segment.split(";")[0].split())
         if bare and not bare.strip("."):
             raise ToolError(f"endpoint holds a dot segment ({segment[:20]!r}); {ADVICE}")
 

@@ -73,6 +73,7 @@ HOSTILE_ENDPOINTS = {
     "javascript": "javascript:alert(1)",
     "host": "//127.0.0.1:{port}/x",
     "host, three slashes": "///127.0.0.1:{port}/x",
+    "host, behind a format mark": "/\u200b/127.0.0.1:{port}/x",
     "host, encoded": "/%2F127.0.0.1:{port}/x",
     "host, both encoded": "%2f%2f127.0.0.1:{port}/x",
     "host, encoded twice": "%252f%252f127.0.0.1:{port}/x",
