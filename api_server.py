@@ -90,6 +90,149 @@ MASK = "***"
 JSON_TYPE = "application/json"
 
 
+# -------------------------------------------------------------------------------------------------------- result models
+
+
+class ApiInfo(BaseModel):
+    """One configured API."""
+
+    name: str
+    description: str
+    base_url: str
+    methods: list[str]
+    limits: str
+    cache_ttl: float
+    describe_api: bool
+
+
+class ApiList(BaseModel):
+    """The configured APIs."""
+
+    apis: list[ApiInfo]
+
+
+# ------------------------------------------------------------------------------------------------------------ the tools
+#
+# What the model sees. Each tool checks its arguments, calls what stands below it in this file, and returns.
+
+ApiName = Annotated[str, Field(description="name from list_apis", max_length=64)]
+
+
+def build_server(
+    config: "Config",
+    options: Options | None = None,
+    *,
+    timer: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+) -> Server:
+    """The server with its three tools. Raises ConfigError if an OpenAPI file cannot be read."""
+    logging.getLogger("httpcore").setLevel(logging.WARNING)  # at DEBUG it logs headers
+    upstreams: dict[str, Upstream] = {}
+    for target in config.targets:
+        try:
+            upstreams[target.name] = Upstream(target, config.mask, timer, sleep)
+        except ConfigError as exc:
+            raise ConfigError(f"{target.name}: {exc}") from None
+    sessions = 0
+
+    @asynccontextmanager
+    async def lifespan(_: object) -> AsyncGenerator[None]:
+        nonlocal sessions
+        sessions += 1
+        try:
+            yield
+        finally:
+            sessions -= 1
+            if sessions == 0:  # over HTTP and in tests several can overlap; the last one closes the connections
+                for upstream in upstreams.values():
+                    await upstream.close()
+
+    options = options or Options()
+    instructions = f"Calls the HTTP APIs {', '.join(upstreams)}. Keys are added by the server and are never shown."
+    server = Server("api-server", clip(instructions, 600), options, redact=config.mask, lifespan=lifespan)
+    methods = {method for upstream in upstreams.values() for method in upstream.api.methods}
+    calls = ToolAnnotations(
+        read_only_hint=methods <= SAFE,
+        destructive_hint=not methods <= SAFE,
+        idempotent_hint=methods <= IDEMPOTENT,
+        open_world_hint=True,
+    )
+    looks = ToolAnnotations(read_only_hint=True, open_world_hint=False)
+
+    def find(name: str) -> Upstream:
+        if name not in upstreams:
+            raise ToolError(f"unknown API {name!r}; the APIs are {', '.join(upstreams)}")
+        return upstreams[name]
+
+    @server.tool(annotations=looks)
+    async def list_apis() -> ApiList:
+        """List the APIs that call_api can reach: base URL, allowed methods, how much of the rate limit is left, for how
+        many seconds answers are cached, and whether describe_api knows the API."""
+        return ApiList(
+            apis=[
+                ApiInfo(
+                    name=name,
+                    description=upstream.api.description,
+                    base_url=str(upstream.base_url),
+                    methods=list(upstream.api.methods),
+                    limits=upstream.limits_left,
+                    cache_ttl=upstream.api.cache_ttl,
+                    describe_api=upstream.spec is not None,
+                )
+                for name, upstream in upstreams.items()
+            ]
+        )
+
+    @server.tool(annotations=calls, structured_output=False)
+    async def call_api(
+        api: ApiName,
+        endpoint: Annotated[str, Field(description="path below the base URL: /users/42", max_length=2_000)],
+        method: Annotated[str, Field(description="one that list_apis shows", max_length=10)] = "GET",
+        params: Annotated[dict[str, Any] | None, Field(description="query; a list repeats the name")] = None,
+        data: Annotated[Any, Field(description="request body, sent as JSON; a string as plain text")] = None,
+        use_cache: Annotated[bool, Field(description="false: ask the API anew", strict=True)] = True,
+        select: Annotated[
+            str, Field(description="part of a JSON body: items[0].name, items[*].{id,owner.login}", max_length=500)
+        ] = "",
+        offset: Annotated[int, Field(description="first character shown", ge=0, strict=True)] = 0,
+    ) -> str:
+        """Call an API and return the body (JSON compact), then one line in brackets: status, type, cache state, page
+        and rate-limit headers, what was cut. A cut body continues with offset, without a second request. Use select
+        to get only the fields needed: a path, [*] for each item, {a,b} for several fields. An HTTP error is an error
+        that shows the start of its body."""
+        upstream = find(api)
+        if select:
+            parse_parts(select)  # before anything is sent
+        call = upstream.prepare(method, endpoint, params or {}, data)
+        answer, note = await upstream.call(call, use_cache, offset)
+        long = answer.body.text if select else ""
+        return await in_thread_if_long(long, render, call, answer, note, select, offset, options.max_output)
+
+    @server.tool(annotations=looks, structured_output=False)
+    async def describe_api(
+        api: ApiName,
+        search: Annotated[str, Field(description="words, such as: list issues", max_length=200)] = "",
+        endpoint: Annotated[str, Field(description="GET /users/{id}, or an operation's name", max_length=2_000)] = "",
+    ) -> str:
+        """Look an API up in its OpenAPI file: with search, the operations that match; with endpoint, that operation's
+        parameters, request body and answers (? marks optional fields); with neither, the file's tags."""
+        upstream = find(api)
+        if upstream.spec is None:
+            raise ToolError(
+                f"{api} has no OpenAPI file; use call_api. It is: {upstream.api.description or 'not described'}"
+            )
+        if search and endpoint:
+            raise ToolError("give search or endpoint, not both")
+        text = upstream.spec.describe(endpoint) if endpoint else upstream.spec.search(search)
+        if options.max_output and len(text) > options.max_output:
+            shown = text[: max(options.max_output - 100, 1)]
+            cut = f"characters 1-{len(shown)} of {len(text)} shown; ask for one operation: METHOD /path"
+            return shown + "\n" + trailer(cut)
+        return text
+
+    return server
+
+
 # -------------------------------------------------------------------------------------------------------------- JSON
 
 # Numbers must come back digit by digit: 1.10 is not 1.1 to everyone. Python's encoder writes nothing but its own
@@ -1338,30 +1481,6 @@ class Upstream:
             await pool.aclose()
 
 
-# ---------------------------------------------------------------------------------------------------------- server
-
-
-ApiName = Annotated[str, Field(description="name from list_apis", max_length=64)]
-
-
-class ApiInfo(BaseModel):
-    """One configured API."""
-
-    name: str
-    description: str
-    base_url: str
-    methods: list[str]
-    limits: str
-    cache_ttl: float
-    describe_api: bool
-
-
-class ApiList(BaseModel):
-    """The configured APIs."""
-
-    apis: list[ApiInfo]
-
-
 def render(call: Call, answer: Answer, note: str, select: str, offset: int, max_output: int) -> str:
     """The body, or what `select` takes from it, from `offset` on; the last line says what it is and what was cut."""
     body = answer.body
@@ -1394,119 +1513,7 @@ def render(call: Call, answer: Answer, note: str, select: str, offset: int, max_
     return (shown + "\n" if shown else "") + trailer(*facts, **resume)
 
 
-def build_server(
-    config: Config,
-    options: Options | None = None,
-    *,
-    timer: Callable[[], float] = time.monotonic,
-    sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
-) -> Server:
-    """The server with its three tools. Raises ConfigError if an OpenAPI file cannot be read."""
-    logging.getLogger("httpcore").setLevel(logging.WARNING)  # at DEBUG it logs headers
-    upstreams: dict[str, Upstream] = {}
-    for target in config.targets:
-        try:
-            upstreams[target.name] = Upstream(target, config.mask, timer, sleep)
-        except ConfigError as exc:
-            raise ConfigError(f"{target.name}: {exc}") from None
-    sessions = 0
-
-    @asynccontextmanager
-    async def lifespan(_: object) -> AsyncGenerator[None]:
-        nonlocal sessions
-        sessions += 1
-        try:
-            yield
-        finally:
-            sessions -= 1
-            if sessions == 0:  # over HTTP and in tests several can overlap; the last one closes the connections
-                for upstream in upstreams.values():
-                    await upstream.close()
-
-    options = options or Options()
-    instructions = f"Calls the HTTP APIs {', '.join(upstreams)}. Keys are added by the server and are never shown."
-    server = Server("api-server", clip(instructions, 600), options, redact=config.mask, lifespan=lifespan)
-    methods = {method for upstream in upstreams.values() for method in upstream.api.methods}
-    calls = ToolAnnotations(
-        read_only_hint=methods <= SAFE,
-        destructive_hint=not methods <= SAFE,
-        idempotent_hint=methods <= IDEMPOTENT,
-        open_world_hint=True,
-    )
-    looks = ToolAnnotations(read_only_hint=True, open_world_hint=False)
-
-    def find(name: str) -> Upstream:
-        if name not in upstreams:
-            raise ToolError(f"unknown API {name!r}; the APIs are {', '.join(upstreams)}")
-        return upstreams[name]
-
-    @server.tool(annotations=looks)
-    async def list_apis() -> ApiList:
-        """List the APIs that call_api can reach: base URL, allowed methods, how much of the rate limit is left, for how
-        many seconds answers are cached, and whether describe_api knows the API."""
-        return ApiList(
-            apis=[
-                ApiInfo(
-                    name=name,
-                    description=upstream.api.description,
-                    base_url=str(upstream.base_url),
-                    methods=list(upstream.api.methods),
-                    limits=upstream.limits_left,
-                    cache_ttl=upstream.api.cache_ttl,
-                    describe_api=upstream.spec is not None,
-                )
-                for name, upstream in upstreams.items()
-            ]
-        )
-
-    @server.tool(annotations=calls, structured_output=False)
-    async def call_api(
-        api: ApiName,
-        endpoint: Annotated[str, Field(description="path below the base URL: /users/42", max_length=2_000)],
-        method: Annotated[str, Field(description="one that list_apis shows", max_length=10)] = "GET",
-        params: Annotated[dict[str, Any] | None, Field(description="query; a list repeats the name")] = None,
-        data: Annotated[Any, Field(description="request body, sent as JSON; a string as plain text")] = None,
-        use_cache: Annotated[bool, Field(description="false: ask the API anew", strict=True)] = True,
-        select: Annotated[
-            str, Field(description="part of a JSON body: items[0].name, items[*].{id,owner.login}", max_length=500)
-        ] = "",
-        offset: Annotated[int, Field(description="first character shown", ge=0, strict=True)] = 0,
-    ) -> str:
-        """Call an API and return the body (JSON compact), then one line in brackets: status, type, cache state, page
-        and rate-limit headers, what was cut. A cut body continues with offset, without a second request. Use select
-        to get only the fields needed: a path, [*] for each item, {a,b} for several fields. An HTTP error is an error
-        that shows the start of its body."""
-        upstream = find(api)
-        if select:
-            parse_parts(select)  # before anything is sent
-        call = upstream.prepare(method, endpoint, params or {}, data)
-        answer, note = await upstream.call(call, use_cache, offset)
-        long = answer.body.text if select else ""
-        return await in_thread_if_long(long, render, call, answer, note, select, offset, options.max_output)
-
-    @server.tool(annotations=looks, structured_output=False)
-    async def describe_api(
-        api: ApiName,
-        search: Annotated[str, Field(description="words, such as: list issues", max_length=200)] = "",
-        endpoint: Annotated[str, Field(description="GET /users/{id}, or an operation's name", max_length=2_000)] = "",
-    ) -> str:
-        """Look an API up in its OpenAPI file: with search, the operations that match; with endpoint, that operation's
-        parameters, request body and answers (? marks optional fields); with neither, the file's tags."""
-        upstream = find(api)
-        if upstream.spec is None:
-            raise ToolError(
-                f"{api} has no OpenAPI file; use call_api. It is: {upstream.api.description or 'not described'}"
-            )
-        if search and endpoint:
-            raise ToolError("give search or endpoint, not both")
-        text = upstream.spec.describe(endpoint) if endpoint else upstream.spec.search(search)
-        if options.max_output and len(text) > options.max_output:
-            shown = text[: max(options.max_output - 100, 1)]
-            cut = f"characters 1-{len(shown)} of {len(text)} shown; ask for one operation: METHOD /path"
-            return shown + "\n" + trailer(cut)
-        return text
-
-    return server
+# ----------------------------------------------------------------------------------------------------------------- main
 
 
 def main() -> None:

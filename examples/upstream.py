@@ -1,7 +1,14 @@
-"""A tiny HTTP API on this machine, to try api_server.py without the internet: python examples/upstream.py [PORT]."""
+"""A tiny HTTP API on this machine, to try api_server.py without the internet.
 
+python examples/upstream.py                           serve until Ctrl-C
+python examples/upstream.py SCRIPT.py ARGUMENT ...    serve while this Python runs that script
+"""
+
+import argparse
 import json
+import subprocess
 import sys
+import threading
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, urlsplit
@@ -35,6 +42,9 @@ class Handler(BaseHTTPRequestHandler):
 
     do_POST = do_GET  # noqa: N815 - the name that http.server looks for
 
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the name in http.server
+        """Keep the terminal for the script's own output."""
+
     def answer(self, status: int, value: object) -> None:
         """Send a JSON body."""
         body = json.dumps(value, indent=2).encode()
@@ -45,9 +55,28 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
 
+def main() -> int:
+    """Serve, alone or around a script; returns the script's exit code."""
+    parser = argparse.ArgumentParser(description="Serve a tiny HTTP API on 127.0.0.1.")
+    parser.add_argument("--port", type=int, default=8765)
+    parser.add_argument("script", nargs=argparse.REMAINDER, help="a Python script to run meanwhile, and its arguments")
+    args = parser.parse_args()
+    try:
+        server = ThreadingHTTPServer(("127.0.0.1", args.port), Handler)
+    except OSError as exc:
+        parser.error(f"port {args.port}: {exc.strerror}")
+    with server:
+        if not args.script:
+            print(f"http://127.0.0.1:{server.server_port}/v1/users answers; Ctrl-C ends", file=sys.stderr)
+            with suppress(KeyboardInterrupt):
+                server.serve_forever()
+            return 0
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            return subprocess.run([sys.executable, *args.script], check=False).returncode  # noqa: S603 - the user's own
+        finally:
+            server.shutdown()
+
+
 if __name__ == "__main__":
-    port = int(sys.argv[1]) if len(sys.argv) > 1 else 8765
-    with ThreadingHTTPServer(("127.0.0.1", port), Handler) as server:
-        print(f"http://127.0.0.1:{server.server_port}/v1/users answers; Ctrl-C ends", file=sys.stderr)
-        with suppress(KeyboardInterrupt):
-            server.serve_forever()
+    sys.exit(main())

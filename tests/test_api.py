@@ -1485,7 +1485,7 @@ async def test_the_examples_work_together(tmp_path: Path) -> None:
     import sys
 
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "examples/upstream.py", "0", cwd=PROJECT, stderr=asyncio.subprocess.PIPE
+        sys.executable, "examples/upstream.py", "--port", "0", cwd=PROJECT, stderr=asyncio.subprocess.PIPE
     )
     try:
         assert process.stderr
