@@ -575,8 +575,9 @@ def expand_header(name: str, template: str, environ: Mapping[str, str]) -> tuple
         found.append(value)
         return value
 
-    value = re.sub(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}", fill, template)
-    if "${" in re.sub(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}", "", template):
+    variable = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
+    value = variable.sub(fill, template)
+    if "${" in variable.sub("", template):
         raise ConfigError(f"headers.{name}: holds a ${{ that is no ${{VARIABLE_NAME}}")
     if not value.isascii() or not value.isprintable() or value != value.strip() or not value:
         raise ConfigError(f"headers.{name}: the value is empty, or holds a line break or another forbidden character")
@@ -1468,7 +1469,7 @@ class Upstream:
         # and reads .netrc, and on a redirect forwards X-API-Key and its like to whatever host the answer names.
         if self._pool is None:
             self._pool = httpx.AsyncHTTPTransport(
-                verify=tls_context() if self.base_url.scheme == "https" else False,
+                verify=tls_context() if self.base_url.scheme == "https" else False,  # no origin has both
                 trust_env=False,
                 limits=httpx.Limits(max_connections=MAX_CONNECTIONS, keepalive_expiry=15),
             )
@@ -1496,7 +1497,7 @@ def render(call: Call, answer: Answer, note: str, select: str, offset: int, max_
         raise ToolError(f"offset={offset} is past the end: there are {len(text)} characters; use a smaller offset")
     facts = [
         status_line(answer.status),
-        *([answer.content_type] if answer.content_type else []),
+        *re.findall(r"^[\w.+-]+/[\w.+-]+", answer.content_type),  # without the rest, which could imitate this line
         note,
         *body.facts,
         *answer.headers,
