@@ -126,7 +126,7 @@ def build_server(
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
 ) -> Server:
     """The server with its three tools. Raises ConfigError if an OpenAPI file cannot be read."""
-    logging.getLogger("httpcore").setLevel(logging.WARNING)  # at DEBUG it logs headers
+    logging.getLogger("httpcore").setLevel(logging.WARNING)  # at DEBUG it logs response headers
     upstreams: dict[str, Upstream] = {}
     for target in config.targets:
         try:
@@ -674,8 +674,6 @@ def load_config(path: Path, environ: Mapping[str, str]) -> Config:
 
 # ---------------------------------------------------------------------------------------------------------- bodies
 
-# Codecs that read a plain character set; punycode, for one, takes quadratic time.
-CHARSETS = re.compile(r"(utf|iso|latin|windows|cp|us-ascii|ascii|shift|sjis|euc|gb|big5|koi8|mac)[\w-]*", re.IGNORECASE)
 TEXT_TYPES = re.compile(r"text/|.*(json|xml|javascript|yaml|csv|urlencoded|graphql)")
 
 
@@ -728,7 +726,7 @@ def decode_text(body: bytes, content_type: str) -> tuple[str | None, list[str]]:
     """The body as text, or None if it is binary; and what the reader must know about it."""
     is_json = "json" in content_type.lower()
     declared = re.search(r"charset=[\"']?([\w.:-]{1,40})", content_type, re.IGNORECASE)
-    charset = declared[1].lower() if declared and CHARSETS.fullmatch(declared[1]) else ""
+    charset = declared[1].lower() if declared else ""
     # What is valid UTF-8 is UTF-8, whatever the header says, unless the header names an encoding that only looks so.
     guess = json.detect_encoding(body) if is_json or body[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
     if (b"\0" in body and guess == "utf-8-sig") or (charset.startswith(("iso-2022", "utf-7")) and not is_json):
@@ -736,11 +734,11 @@ def decode_text(body: bytes, content_type: str) -> tuple[str | None, list[str]]:
     for codec in filter(None, [guess, charset]):
         try:
             text = body.decode("utf-8-sig" if codec == "utf-8" else codec)
-        except (UnicodeError, LookupError):
+        except (UnicodeError, LookupError):  # LookupError: there is no such text encoding
             continue
         if "\0" in text or (not TEXT_TYPES.match(content_type.lower()) and re.search(r"[\x01-\x08\x0e-\x1a]", text)):
             return None, []
-        other = declared and not text.isascii() and codec.removesuffix("-sig") != declared[1].lower()
+        other = charset and not text.isascii() and codec.removesuffix("-sig") != charset
         return text, [f"read as {codec.removesuffix('-sig')}"] if other else []
     if TEXT_TYPES.match(content_type.lower()) and b"\0" not in body:
         return body.decode("utf-8", "replace"), ["not valid UTF-8: unreadable bytes shown as \ufffd"]
@@ -778,8 +776,7 @@ def read_text(body: bytes, content_type: str, mask: Masker) -> Body:
         try:
             value = load_json(text)
             compact = dump_json(value)
-            if (masked := mask(compact)) != compact:
-                masked = mask(dump_json(mask.json(value)))
+            masked = compact if mask(compact) == compact else dump_json(mask.json(value))
             return Body(masked, True, tuple(facts))
         except ValueError as exc:
             where = f" (character {exc.pos})" if isinstance(exc, json.JSONDecodeError) else ""
@@ -1019,7 +1016,8 @@ class OpenApi:
 
     def search(self, query: str) -> str:
         """The operations that hold every word of the query, or else some of them; the best first. All tags for none."""
-        words = query.lower().split()[:10]
+        # A plural finds the singular, too: "users" is in no /user/{id}.
+        words = [word.removesuffix("s") if len(word) > 3 else word for word in query.lower().split()[:10]]
         if not words:
             return self._overview()
         ranked: list[tuple[int, int, int, Operation]] = []
@@ -1470,7 +1468,6 @@ class Upstream:
         if self._pool is None:
             self._pool = httpx.AsyncHTTPTransport(
                 verify=tls_context() if self.base_url.scheme == "https" else False,  # no origin has both
-                trust_env=False,
                 limits=httpx.Limits(max_connections=MAX_CONNECTIONS, keepalive_expiry=15),
             )
         return self._pool

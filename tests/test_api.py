@@ -94,6 +94,7 @@ HOSTILE_ENDPOINTS = {
     "parent, encoded twice": "/%252e%252e/secret",
     "parent, encoded three times": "/%25252e%25252e/secret",
     "parent, encoded many times": "/%" + "25" * 20 + "2e%" + "25" * 20 + "2e/secret",
+    "encoded too often": "/%2525252541",
     "parent, encoded slash": "/..%2fsecret",
     "parent, encoded slash twice": "/..%252fsecret",
     "parent, backslash": "/..\\secret",
@@ -416,6 +417,17 @@ async def test_a_basic_credential_is_masked_decoded_too(tmp_path: Path) -> None:
         assert site.requests[1].headers["authorization"] == f"Basic {ENVIRON['BASIC']}"
 
 
+async def test_the_parts_of_a_value_are_masked_by_themselves(tmp_path: Path) -> None:
+    path = tmp_path / "p.json"
+    async with Site() as site:
+        headers = {"Authorization": "${WHOLE}"}
+        path.write_text(json.dumps({"demo": {"base_url": f"{site.url}/v1", "headers": headers}}))
+        site.on("/v1/x", reply({"got": "secret-token-1", "user": "somebody-else"}))
+        environ = {"WHOLE": "Bearer secret-token-1"}
+        async with Client(build_server(load_config(path, environ))) as client:
+            assert split(await call(client, "/x"))[0] == '{"got":"***","user":"somebody-else"}'
+
+
 async def test_a_key_across_the_border_of_two_pages_is_masked(tmp_path: Path) -> None:
     async with Site() as site, gateway(tmp_path, site, Options(max_output=600)) as client:
         site.on("/v1/leak", reply("a" * 290 + KEY + "b" * 1000, content_type="text/plain"))
@@ -442,6 +454,8 @@ async def test_no_key_in_lists_errors_audit_lines_logs_or_reprs(
         async with Client(server) as client:
             text = await ok(client, "list_apis") + await call(client)
             assert "2022-11-28" in text  # a version is no secret
+            site.on("/v1/header", reply({}, headers={"X-Echo": KEY}))
+            await call(client, "/header")
             text += await fails(client, f"//{KEY}") + await refused(client, "call_api", api="down", endpoint="/")
             await call(client, params={"q": KEY})
             text += await fails(client, KEY) + await refused(client, "call_api", api=KEY, endpoint="/")
@@ -449,7 +463,7 @@ async def test_no_key_in_lists_errors_audit_lines_logs_or_reprs(
     text += "".join(capfd.readouterr())
     assert not leaks(text)
     assert "written-in-the-file" not in text
-    assert len(log.read_text().splitlines()) == 7
+    assert len(log.read_text().splitlines()) == 8
     messages = [record.getMessage() for record in caplog.records if not record.name.startswith("mcp")]
     assert not leaks("\n".join(messages))
 
@@ -939,6 +953,10 @@ READABLE: dict[str, tuple[bytes, str]] = {
     "wrong charset JSON": (reply('["Zürich!"]', content_type="application/json; charset=utf-16"), '["Zürich!"]'),
     "unknown charset": (reply("Zürich", content_type="text/plain; charset=klingon"), "Zürich"),
     "hostile charset": (reply("a" * 50_000, content_type="text/plain; charset=punycode"), "aaa"),
+    "hostile charset, not UTF-8": (
+        reply(b"\xfc" + b"a-" * 50_000, content_type="text/plain; charset=punycode"),
+        "a-a-",
+    ),
     "no text codec": (reply("Zürich", content_type="text/plain; charset=zlib"), "Zürich"),
     "not UTF-8 after all": (reply(b"Z\xfcrich", content_type="text/plain; charset=utf-8"), "Z\ufffdrich"),
     "UTF-16": (reply("Zürich".encode("utf-16"), content_type="text/plain"), "Zürich"),
@@ -1020,6 +1038,14 @@ async def test_the_rest_of_a_cut_post_is_shown_without_posting_again(tmp_path: P
         assert site.count("/v1/x") == 2  # the same POST without offset is a new one
         assert "no longer kept" in await fails(client, "/x", method="POST", data={"a": 2}, offset=400)
         assert site.count("/v1/x") == 2
+
+
+async def test_offset_never_takes_the_rest_from_another_method(tmp_path: Path) -> None:
+    async with Site() as site, gateway(tmp_path, site, methods=["GET", "POST"]) as client:
+        site.on("/v1/x", reply("z" * 800, content_type="text/plain"))
+        await call(client, "/x")
+        assert "no longer kept" in await fails(client, "/x", method="POST", offset=400)
+        assert site.count("/v1/x") == 1
 
 
 async def test_the_rest_of_a_post_that_may_not_be_kept_is_not_promised(tmp_path: Path) -> None:
