@@ -1334,7 +1334,9 @@ class Upstream:
             try:
                 response = await self._send(call, stale, deadline)
             except (httpx.NetworkError, httpx.RemoteProtocolError, httpx.ConnectTimeout) as exc:
-                if last or not self._fits(pause, deadline):
+                # Waiting for a connection once more must fit whole, or the model would not learn what was wrong.
+                needed = CONNECT_TIMEOUT if isinstance(exc, httpx.ConnectTimeout) else 0.0
+                if last or not self._fits(pause + needed, deadline):
                     raise ToolError(self._describe(exc)) from None
             else:
                 try:
