@@ -1,6 +1,7 @@
 """The README's commands, tables and configuration are compared with what the code does."""
 
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 from conftest import PROJECT
 from mcp import Client
 
+import api_server
 import db_server
 import fs_server
 
@@ -20,10 +22,12 @@ pytestmark = pytest.mark.anyio
 README = (PROJECT / "README.md").read_text()
 SHELL = [line for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
 SETUP = [line for line in SHELL if line.startswith("python3 -m venv")]
+APIS = PROJECT / "examples" / "local.json"
 SAMPLE = PROJECT / "examples" / "shop.db"
 SERVERS = {
     "fs_server.py": fs_server.build_server([PROJECT / "tests"], write=True),
     "db_server.py": db_server.build_server([SAMPLE]),
+    "api_server.py": api_server.build_server(api_server.load_config(APIS, {})),
 }
 
 
@@ -86,9 +90,18 @@ def test_every_configured_server_starts_once_the_paths_are_put_in(tmp_path: Path
             assert entry["args"][0] == "run"
             words = [word.replace("/path/to/small-mcp-servers", str(PROJECT)) for word in entry["args"][1:]]
             words = [str(SAMPLE) if word == "/path/to/data.db" else word for word in words]
+            words = [
+                str(PROJECT / "examples" / "apis.json") if word == "/path/to/apis.json" else word for word in words
+            ]
             words = [str(tmp_path) if word.startswith("/path/to/") else word for word in words]
+            environment = os.environ | entry.get("env", {})
             done = subprocess.run(
-                [sys.executable, *words, "--list-tools"], cwd=tmp_path, capture_output=True, text=True, check=False
+                [sys.executable, *words, "--list-tools"],
+                cwd=tmp_path,
+                env=environment,
+                capture_output=True,
+                text=True,
+                check=False,
             )
             assert (done.returncode, done.stderr) == (0, "")
 
