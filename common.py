@@ -462,7 +462,8 @@ class Located:
 
 def _walk(root: Handle, parts: Sequence[str], last: int) -> Handle:
     """From a root's handle through `parts`, no symlink anywhere; the last one is opened with the flags `last`."""
-    handle = os.dup(root) if isinstance(root, int) else root
+    # Not os.dup: a duplicate shares its place in the listing, and two listings at a time would each miss entries.
+    handle = os.open(os.curdir, _PASS if parts else last, dir_fd=root) if isinstance(root, int) else root
     for number, part in enumerate(parts, 1):
         try:
             child = open_directory_at(handle, part, last if number == len(parts) else _PASS)

@@ -9,7 +9,18 @@ from typing import Any
 
 import anyio
 import pytest
-from common import Options, Sandbox, Server, TokenBucket, TTLCache, page, printable, trailer, unprintable
+from common import (
+    Options,
+    Sandbox,
+    Server,
+    TokenBucket,
+    TTLCache,
+    close_handle,
+    page,
+    printable,
+    trailer,
+    unprintable,
+)
 from conftest import PROJECT, ok, refused, text_of
 from mcp import Client
 from mcp.server.mcpserver.exceptions import ToolError
@@ -416,3 +427,18 @@ def test_the_sandbox_works_where_the_platform_has_no_dir_fd(tmp_path: Path, monk
     (tmp_path / "in" / "a.txt").symlink_to("../out.txt")
     with pytest.raises(ToolError, match="replaced"):
         sandbox.open_file(located)
+
+
+def test_two_listings_of_an_allowed_directory_at_a_time_both_see_all_of_it(tmp_path: Path) -> None:
+    for number in range(100):
+        (tmp_path / str(number)).touch()
+    sandbox = Sandbox([tmp_path])
+    first, second = (sandbox.open_directory(sandbox.resolve(".")) for _ in range(2))
+    try:
+        with os.scandir(first) as one, os.scandir(second) as other:
+            next(one)
+            assert len(list(other)) == 100
+            assert len(list(one)) == 99
+    finally:
+        close_handle(first)
+        close_handle(second)
