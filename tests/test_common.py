@@ -21,29 +21,11 @@ from common import (
     trailer,
     unprintable,
 )
-from conftest import PROJECT, ok, refused, text_of
+from conftest import PROJECT, Clock, ok, refused, text_of
 from mcp import Client
 from mcp.server.mcpserver.exceptions import ToolError
 
 pytestmark = pytest.mark.anyio
-
-
-class Clock:
-    """A timer that the test moves."""
-
-    def __init__(self) -> None:
-        self.now = 100.0
-        self.slept: list[float] = []
-
-    def __call__(self) -> float:
-        return self.now
-
-    def tick(self, seconds: float) -> None:
-        self.now += seconds
-
-    async def sleep(self, seconds: float) -> None:
-        self.slept.append(seconds)
-        self.tick(seconds)
 
 
 # -------------------------------------------------------------------------------------------------- token bucket
@@ -136,7 +118,7 @@ def test_an_expired_entry_can_still_be_peeked_at_until_it_is_removed() -> None:
     clock.tick(6)
     entry = cache.peek("a")
     assert entry is not None
-    assert (entry.value, entry.size, entry.stored, entry.expires) == (1, 7, 100.0, 105.0)
+    assert (entry.value, entry.size, entry.stored, entry.expires) == (1, 7, 1000.0, 1005.0)
     cache.expire()
     assert cache.peek("a") is None
     assert cache.get("b") == 2
