@@ -288,7 +288,7 @@ class Bench:
                 self.figures.setdefault(f"{work}, bytes", {})[name] = len(server.call(tool, arguments))
 
     def small_calls(self) -> None:
-        """Latency of one small call after the other, in short bursts of each subject in turn, and a pipeline of them."""
+        """Latency of one small call after the other, in bursts of each subject in turn, and a pipeline of them."""
         calls: dict[str, tuple[str, dict[str, Any]]] = {
             "bare SDK": ("nothing", {}),
             "fs_server": ("read_file", {"path": "small.txt"}),
