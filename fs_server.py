@@ -1105,9 +1105,13 @@ class Target:
                     copy_attributes(self, fd)
                 os.fsync(fd)
                 self.refuse_changed()
+                if isinstance(self.directory, str):  # Windows renames no open file; elsewhere its lock is still needed
+                    os.close(fd)
+                    fd = -1
                 replace_at(self.directory, temporary, self.name)
             finally:
-                os.close(fd)
+                if fd >= 0:
+                    os.close(fd)
         except BaseException:
             with suppress(OSError):
                 remove_at(self.directory, temporary)
@@ -1166,7 +1170,8 @@ def copy_attributes(target: Target, fd: int) -> None:
             pass
         finally:
             os.close(old)
-    os.chmod(fd if os.chmod in os.supports_fd else target.name, stat.S_IMODE(target.info.st_mode))
+    if os.chmod in os.supports_fd:  # not on Windows, where a file that may not be written cannot be replaced either
+        os.chmod(fd, stat.S_IMODE(target.info.st_mode))
 
 
 @contextmanager
@@ -1204,6 +1209,9 @@ def writing(files: Files, path: str, work: Work) -> Generator[Target]:
                 raise ToolError(f"{located.shown} has {info.st_size} bytes, more than {MAX_FILE}; it is left alone")
             with open(fd, "rb", closefd=False) as file:
                 old = file.read()
+            if isinstance(directory, str):  # Windows replaces no open file
+                os.close(fd)
+                fd = -1
             yield Target(directory, name, located.shown, old, info)
     finally:
         if fd >= 0:
