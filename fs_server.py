@@ -417,26 +417,30 @@ async def walk_in_thread(
 ) -> T:
     """The same for a walk, of which only a few run at a time.
 
-    A client that asked for progress is told five times a second how many entries were visited.
+    A client that asked for progress is told ten times a second how many entries were visited, and once at the end.
     """
     work = Work()
+    told = 0
 
     async def report() -> None:
-        told = 0
-        while True:
-            await asyncio.sleep(0.2)
-            if work.visited > told:
-                told = work.visited
-                await ctx.report_progress(told, message=f"{told} entries visited")
+        nonlocal told
+        if work.visited > told:  # each notification must tell more than the one before
+            told = work.visited
+            await ctx.report_progress(told, message=f"{told} entries visited")  # nothing if nobody asked for it
 
-    wants_progress = "progress_token" in (ctx.request_context.meta or {})
-    reporter = asyncio.create_task(report()) if wants_progress else None
+    async def report_often() -> None:
+        while True:
+            await asyncio.sleep(0.1)
+            await report()
+
+    reporter = asyncio.create_task(report_often())
     try:
-        return await anyio.to_thread.run_sync(function, work, abandon_on_cancel=True, limiter=limiter)
+        result = await anyio.to_thread.run_sync(function, work, abandon_on_cancel=True, limiter=limiter)
     finally:
         work.cancelled = True
-        if reporter:
-            reporter.cancel()
+        reporter.cancel()
+    await report()
+    return result
 
 
 # --------------------------------------------------------------------------------------------------- directories
