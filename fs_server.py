@@ -166,7 +166,13 @@ def build_server(
         raise ConfigError(f"--deny: {exc}") from None
     names = ", ".join(root.path for root in files.sandbox.roots)
     does = "Reads, lists, finds, searches and changes" if write else "Reads, lists, finds and searches"
-    server = Server("fs-server", f"{does} the files in {names}, and nothing else.", options)
+    # A limiter of its own: checks of a file system that hangs must not use up the threads of the tools.
+    checks = anyio.CapacityLimiter(1)
+
+    async def health() -> None:
+        await anyio.to_thread.run_sync(files.sandbox.check, abandon_on_cancel=True, limiter=checks)
+
+    server = Server("fs-server", f"{does} the files in {names}, and nothing else.", options, health=health)
     max_output = options.max_output
 
     @server.tool(annotations=READ_ONLY, structured_output=False)
