@@ -959,6 +959,14 @@ def _impatient_protocol() -> type[asyncio.Protocol]:
     return ImpatientProtocol
 
 
+def _url(bound: socket.socket) -> str:
+    """Where clients find a bound socket: under the name of this machine's own, if it is bound to all addresses."""
+    host, port = bound.getsockname()[:2]
+    if ipaddress.ip_address(host).is_unspecified:
+        host = "localhost"
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
 async def _serve_http(server: Server, sockets: list[socket.socket], hosts: Sequence[str], tokens: list[str]) -> None:
     import uvicorn
     from mcp.server.transport_security import TransportSecuritySettings
@@ -985,7 +993,7 @@ async def _serve_http(server: Server, sockets: list[socket.socket], hosts: Seque
         server_header=False,
         timeout_graceful_shutdown=DRAIN_TIME,
     )
-    url = "http://{}:{}".format(*sockets[0].getsockname()[:2])
+    url = _url(sockets[0])
     print(
         f"{server.name} {__version__}: {server.instructions}\n"
         f"Serving {url}/mcp ({'a token is' if tokens else 'no token'} needed) and {url}/health to clients that call it"
@@ -997,9 +1005,14 @@ async def _serve_http(server: Server, sockets: list[socket.socket], hosts: Seque
     def end(*_: object) -> None:
         os._exit(0)  # as over stdio: a worker thread that is stuck must not keep the process alive
 
+    class PromptServer(uvicorn.Server):
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            asyncio.get_running_loop().call_later(DRAIN_TIME + 1, end)
+            await super().shutdown(sockets)
+
     # uvicorn waits for the calls in flight, and then raises the signal again, for the handler that was there before.
     signal.signal(signal.SIGTERM, end)
-    await uvicorn.Server(config).serve(sockets)
+    await PromptServer(config).serve(sockets)
 
 
 # -------------------------------------------------------------------------------------------------- command line
