@@ -608,12 +608,18 @@ def _slim(schema: Any) -> Any:
 
 
 _audit_facts: ContextVar[dict[str, object]] = ContextVar("_audit_facts")
-_caller: ContextVar[str] = ContextVar("_caller", default="")  # over HTTP with tokens: the short hash of the caller's
+_caller: ContextVar[str | None] = ContextVar("_caller", default=None)
 
 
 def audit(**facts: object) -> None:
     """Add facts to the audit line of the tool call that is running, such as what a write changed."""
     _audit_facts.get({}).update(facts)
+
+
+def caller() -> str | None:
+    """Who made the tool call that is running: over HTTP the short hash of their token, or "" if none is needed; None
+    over stdio, where it is the person who started the server."""
+    return _caller.get()
 
 
 class Server(MCPServer[Any]):
@@ -675,7 +681,7 @@ class Server(MCPServer[Any]):
         """Run one tool within the time limit. Raises ToolError with one sentence that says what to do next."""
         started = time.perf_counter()
         outcome, size = "cancelled", 0
-        facts: dict[str, object] = {"token": _caller.get()} if _caller.get() else {}
+        facts: dict[str, object] = {"token": caller()} if caller() else {}
         _audit_facts.set(facts)  # worker threads see the same dict
         try:
             await self._refuse_bad_call(name, arguments)
@@ -711,7 +717,7 @@ class Server(MCPServer[Any]):
             return
         calls, seconds = self.options.rate_limit
         # One caller who uses up the limit must not lock out the others.
-        bucket = self._buckets.setdefault(_caller.get(), TokenBucket(calls, calls / seconds))
+        bucket = self._buckets.setdefault(caller() or "", TokenBucket(calls, calls / seconds))
         if wait := bucket.try_acquire():
             raise ToolError(
                 f"rate limit reached: {bucket.capacity:g} calls at once, {bucket.refill_rate:g} a second; "
