@@ -37,6 +37,7 @@ from pathlib import Path
 from typing import Any, Generic, NoReturn, TypeVar, cast
 
 import anyio
+import anyio.to_thread
 from mcp.server import MCPServer
 from mcp.server.mcpserver import Context
 from mcp.server.mcpserver.exceptions import ToolError, UnexpectedToolError
@@ -614,6 +615,17 @@ _caller: ContextVar[str | None] = ContextVar("_caller", default=None)
 def audit(**facts: object) -> None:
     """Add facts to the audit line of the tool call that is running, such as what a write changed."""
     _audit_facts.get({}).update(facts)
+
+
+def in_thread_of_its_own(check: Callable[[], object]) -> Callable[[], Awaitable[None]]:
+    """`check` as the `health` of a Server. One check runs at a time, on no thread of the tools': those of a file system
+    that hangs must not use them up."""
+    limiter = anyio.CapacityLimiter(1)
+
+    async def health() -> None:
+        await anyio.to_thread.run_sync(check, abandon_on_cancel=True, limiter=limiter)
+
+    return health
 
 
 def caller() -> str | None:

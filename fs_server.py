@@ -52,6 +52,7 @@ from common import (
     audit,
     close_handle,
     explained,
+    in_thread_of_its_own,
     make_directory_at,
     open_at,
     open_directory_at,
@@ -166,12 +167,7 @@ def build_server(
         raise ConfigError(f"--deny: {exc}") from None
     names = ", ".join(root.path for root in files.sandbox.roots)
     does = "Reads, lists, finds, searches and changes" if write else "Reads, lists, finds and searches"
-    # A limiter of its own: checks of a file system that hangs must not use up the threads of the tools.
-    checks = anyio.CapacityLimiter(1)
-
-    async def health() -> None:
-        await anyio.to_thread.run_sync(files.sandbox.check, abandon_on_cancel=True, limiter=checks)
-
+    health = in_thread_of_its_own(files.sandbox.check)
     server = Server("fs-server", f"{does} the files in {names}, and nothing else.", options, health=health)
     max_output = options.max_output
 

@@ -54,14 +54,23 @@ class Http:
             cwd=PROJECT,
             env=env,
         )
+        try:
+            self.port = self._wait_until_it_serves()
+        except BaseException:
+            self.process.kill()
+            self.process.wait()
+            self.errors.close()
+            raise
+        self.client = httpx.Client(base_url=self.url, timeout=60, trust_env=False)
+
+    def _wait_until_it_serves(self) -> int:
         deadline = time.monotonic() + 30
-        while not (found := re.search(r"Serving http://(\S+):(\d+)/mcp", self.log())):
+        while not (found := re.search(r"Serving (http://\S+:(\d+))/mcp", self.log())):
             assert self.process.poll() is None, self.log()
             assert time.monotonic() < deadline, self.log()
             time.sleep(0.02)
-        self.port = int(found[2])
-        self.url = f"http://{found[1]}:{self.port}"
-        self.client = httpx.Client(base_url=self.url, timeout=60, trust_env=False)
+        self.url = found[1]
+        return int(found[2])
 
     def log(self) -> str:
         """What the server has written to stderr."""

@@ -553,32 +553,62 @@ def test_a_client_that_hangs_up_stops_its_call(tmp_path: Path, http: Start) -> N
 # ------------------------------------------------------------------------------------------------- health and the end
 
 
+def becomes(server: Http, status: int) -> bool:
+    """Whether /health answers with this status within two seconds."""
+    deadline = time.monotonic() + 2
+    while server.health() != status and time.monotonic() < deadline:
+        time.sleep(0.02)
+    response = server.client.get("/health")
+    assert response.text in ('{"status":"ok"}', '{"status":"unavailable"}')
+    return response.status_code == status
+
+
 def test_health_is_ok_only_while_the_directory_is_there(tmp_path: Path, http: Start) -> None:
     first, second, away = tmp_path / "first", tmp_path / "second", tmp_path / "away"
     first.mkdir()
     second.mkdir()
     server = http("fs_server.py", str(first), str(second), token=TOKEN)
 
-    def becomes(status: int) -> bool:
-        deadline = time.monotonic() + 2
-        while server.health() != status and time.monotonic() < deadline:
-            time.sleep(0.02)
-        response = server.client.get("/health")
-        assert str(tmp_path) not in response.text
-        return response.status_code == status
-
-    assert becomes(200)
+    assert becomes(server, 200)
     second.rename(away)
-    assert becomes(503)
+    assert becomes(server, 503)
     second.mkdir()
-    assert becomes(503)  # it is not the directory that is served
+    assert becomes(server, 503)  # it is not the directory that is served
     second.rmdir()
     away.rename(second)
-    assert becomes(200)
+    assert becomes(server, 200)
     shutil.rmtree(first)
-    assert becomes(503)
+    assert becomes(server, 503)
     assert server.client.head("/health").status_code == 503
     assert server.client.post("/mcp").status_code == 401
+
+
+def test_health_is_ok_only_while_the_database_is_there(tmp_path: Path, http: Start) -> None:
+    database, away = tmp_path / "shop.db", tmp_path / "away"
+    shutil.copy(PROJECT / "examples" / "shop.db", database)
+    server = http("db_server.py", str(database))
+    assert becomes(server, 200)
+    database.rename(away)
+    assert becomes(server, 503)
+    database.write_text("this is no database, but long enough to be looked at" * 100)
+    assert becomes(server, 503)
+    away.replace(database)
+    assert becomes(server, 200)
+    assert "[42]" in server.text("query_database", query="SELECT 42")
+
+
+def test_health_is_ok_only_while_the_configuration_is_there(tmp_path: Path, http: Start) -> None:
+    configuration = tmp_path / "apis.json"
+    configuration.write_text('{"demo": {"base_url": "http://127.0.0.1:1"}}')
+    server = http("api_server.py", str(configuration))
+    assert becomes(server, 200)
+    good = configuration.read_text()
+    configuration.write_text(good[:-1])
+    assert becomes(server, 503)
+    configuration.unlink()
+    assert becomes(server, 503)
+    configuration.write_text(good)
+    assert becomes(server, 200)
 
 
 def test_health_is_not_ok_when_the_resource_does_not_answer_and_other_calls_go_on(tmp_path: Path, http: Start) -> None:
