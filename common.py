@@ -956,6 +956,8 @@ def _impatient_protocol() -> type[asyncio.Protocol]:
     class ImpatientProtocol(H11Protocol):
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
+            # The body is written after the headers, and without this it waits for an acknowledgement: 40 ms a call.
+            transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self._timer = self.loop.call_later(ARRIVAL_TIME, self._give_up, False)
 
         def on_response_complete(self) -> None:

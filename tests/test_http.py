@@ -480,6 +480,13 @@ def test_the_server_answers_while_a_hundred_requests_drip(open_server: Http) -> 
 # ------------------------------------------------------------------------------------------------------ many clients
 
 
+def test_an_answer_does_not_wait_for_an_acknowledgement(open_server: Http) -> None:
+    started = time.monotonic()
+    for _ in range(100):
+        assert open_server.health() == 200
+    assert time.monotonic() - started < 3  # 100 delayed acknowledgements take 4
+
+
 async def test_sixty_four_clients_get_their_own_answers_and_fast_calls_stay_fast(tmp_path: Path, http: Start) -> None:
     for number in range(64):
         (tmp_path / f"{number}.txt").write_text(f"file {number}\n" * 50)
