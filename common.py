@@ -20,6 +20,7 @@ import hmac
 import ipaddress
 import json
 import logging
+import math
 import os
 import re
 import signal
@@ -33,6 +34,7 @@ from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import islice
 from pathlib import Path
 from typing import Any, Generic, NoReturn, TypeVar, cast
 
@@ -57,7 +59,8 @@ T = TypeVar("T")
 MAX_OUTPUT = 40_000  # characters: about 10,000 tokens, below the 25,000 at which clients cut a result themselves
 MAX_MESSAGE = 1 << 27  # bytes of one message: a text of 10 MB takes six times that in JSON at worst
 TIME_LIMIT = 30.0  # seconds a tool may run; clients drop results at 60
-MAX_AUDIT_VALUE = 200  # characters of one argument kept in an audit line
+MAX_AUDIT_VALUE = 200  # characters of one argument kept in an audit line, and items of one list or object
+MAX_AUDIT_DEPTH = 20  # levels of an argument kept in an audit line
 
 READ_ONLY = ToolAnnotations(read_only_hint=True, open_world_hint=False)
 
@@ -584,16 +587,21 @@ class Sandbox:
 _SECRET_NAME = re.compile(r"pass|secret|token|api[-_]?key|auth|credential|cookie", re.IGNORECASE)
 
 
-def _for_audit(value: Any, name: str = "") -> Any:
-    """Arguments as they may be written down: secrets by their name are masked, long texts cut."""
+def _for_audit(value: Any, name: str = "", depth: int = 0) -> Any:
+    """Arguments as they may be written down: secrets by their name are masked, what is long or deep is cut."""
     if _SECRET_NAME.search(name):
         return "***"
     if isinstance(value, str) and len(value) > MAX_AUDIT_VALUE:
         return f"{value[:MAX_AUDIT_VALUE]}… ({len(value)} characters)"
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)  # JSON has no such number, and who reads the log may not either
+    if isinstance(value, Mapping | list) and depth == MAX_AUDIT_DEPTH:
+        return "…"  # nested to the interpreter's limit it would end the call here, without a line in the log
     if isinstance(value, Mapping):
-        return {str(k): _for_audit(v, str(k)) for k, v in cast("Mapping[object, Any]", value).items()}
+        items = islice(cast("Mapping[object, Any]", value).items(), MAX_AUDIT_VALUE)
+        return {str(k)[:MAX_AUDIT_VALUE]: _for_audit(v, str(k), depth + 1) for k, v in items}
     if isinstance(value, list):
-        return [_for_audit(item) for item in cast("list[Any]", value)[:MAX_AUDIT_VALUE]]
+        return [_for_audit(item, name, depth + 1) for item in cast("list[Any]", value)[:MAX_AUDIT_VALUE]]
     return value
 
 
