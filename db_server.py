@@ -805,7 +805,7 @@ from typing import Annotated
 from urllib.parse import quote
 
 import anyio
-from common import READ_ONLY, ConfigError, Options, Server, argument_parser, serve, trailer
+from common import READ_ONLY, ConfigError, Options, Server, argument_parser, in_thread_of_its_own, serve, trailer
 from mcp.server.mcpserver.exceptions import ResourceError, ResourceNotFoundError, ToolError
 from mcp.server.mcpserver.resources.templates import ResourceSecurity
 from mcp_types import Resource
@@ -1055,6 +1055,7 @@ def build_server(
     names = ", ".join(f"{Path(file).name} as {schema}" for file, (schema, _) in named)
     instructions = f"Read-only SQL (SQLite) on {names}. Begin with list_tables and describe_table."
     server = DatabaseServer(pool, instructions, options)
+    server.health = in_thread_of_its_own(lambda: [check_file(path) for path in paths])
     cut = options.max_output
 
     @server.tool(annotations=READ_ONLY, structured_output=False)

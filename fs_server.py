@@ -52,6 +52,7 @@ from common import (
     audit,
     close_handle,
     explained,
+    in_thread_of_its_own,
     make_directory_at,
     open_at,
     open_directory_at,
@@ -166,7 +167,8 @@ def build_server(
         raise ConfigError(f"--deny: {exc}") from None
     names = ", ".join(root.path for root in files.sandbox.roots)
     does = "Reads, lists, finds, searches and changes" if write else "Reads, lists, finds and searches"
-    server = Server("fs-server", f"{does} the files in {names}, and nothing else.", options)
+    health = in_thread_of_its_own(files.sandbox.check)
+    server = Server("fs-server", f"{does} the files in {names}, and nothing else.", options, health=health)
     max_output = options.max_output
 
     @server.tool(annotations=READ_ONLY, structured_output=False)

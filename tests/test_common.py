@@ -424,3 +424,29 @@ def test_two_listings_of_an_allowed_directory_at_a_time_both_see_all_of_it(tmp_p
     finally:
         close_handle(first)
         close_handle(second)
+
+
+async def test_the_audit_line_is_there_whatever_the_arguments_are(tmp_path: Path) -> None:
+    log = tmp_path / "audit.jsonl"
+    server = Server("test", "Tests.", Options(audit_log=log))
+
+    @server.tool(structured_output=False)
+    async def take(value: Any) -> str:
+        """Take anything."""
+        return "taken"
+
+    deep: Any = "bottom"
+    for _ in range(150):
+        deep = [deep]
+    wide = {str(number): number for number in range(10_000)}
+    async with Client(server) as client:
+        for value in (deep, wide, float("inf"), [["x" * 1000] * 1000], {"password": "hidden"}, {"token": ["hidden"]}):
+            assert await ok(client, "take", value=value) == "taken"
+
+    def no_constant(name: str) -> None:
+        raise AssertionError(name)
+
+    lines = [json.loads(line, parse_constant=no_constant) for line in log.read_text().splitlines()]
+    assert [line["outcome"] for line in lines] == ["ok"] * 6
+    assert "hidden" not in log.read_text()
+    assert max(map(len, log.read_text().splitlines())) < 60_000
