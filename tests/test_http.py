@@ -18,7 +18,7 @@ from typing import Any
 import httpx
 import httpx2
 import pytest
-from conftest import PROJECT
+from conftest import PROJECT, Stdio
 from mcp import Client
 from mcp.client.streamable_http import streamable_http_client
 from mcp_types import TextContent
@@ -670,3 +670,27 @@ def test_sigterm_ends_an_idle_server_at_once(files: Path, http: Start) -> None:
     started = time.monotonic()
     assert server.terminate() == 0
     assert time.monotonic() - started < 3
+
+
+# ------------------------------------------------------------------------------------------------------ over stdio
+
+
+@pytest.mark.parametrize("name", ["db_server", "api_server"])
+def test_closing_stdin_ends_the_process_at_once_also_while_a_call_runs(
+    name: str, tmp_path: Path, stdio: Callable[..., Stdio]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # an upstream that never answers
+        if name == "db_server":
+            server = stdio("db_server.py", "examples/shop.db")
+            endless = "WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c) SELECT count(*) FROM c"
+            server.start("query_database", query=endless)
+            server.text("query_database", query="SELECT 1")
+        else:
+            configuration = tmp_path / "apis.json"
+            configuration.write_text(json.dumps({"up": {"base_url": f"http://127.0.0.1:{silent.getsockname()[1]}"}}))
+            server = stdio("api_server.py", str(configuration))
+            server.start("call_api", api="up", endpoint="/")
+            server.text("list_apis")
+        started = time.monotonic()
+        assert server.close() == 0
+        assert time.monotonic() - started < 3  # a second, and slack for a busy machine
