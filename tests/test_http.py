@@ -562,6 +562,7 @@ def test_a_client_that_hangs_up_stops_its_call(tmp_path: Path, http: Start) -> N
 
 def becomes(server: Http, status: int) -> bool:
     """Whether /health answers with this status within two seconds."""
+    time.sleep(0.15)  # an answer may be a tenth of a second old
     deadline = time.monotonic() + 2
     while server.health() != status and time.monotonic() < deadline:
         time.sleep(0.02)
