@@ -78,7 +78,7 @@ NOT_YET = (*LOST, OSError, TimeoutError, asyncpg.TooManyConnectionsError)  # wor
 # ------------------------------------------------------------------------------------------------ read-only layers
 #
 # A read-only transaction alone lets COPY, DO, SET and functions through that work outside of it, and a filter of
-# words is got round. So: (1) the statement is compiled inside `SELECT ... FROM ( statement )`, where PostgreSQL's grammar
+# words is got round. So: (1) the statement is compiled inside `SELECT ... FROM ( statement )`, where the grammar
 # takes SELECT, WITH, VALUES and TABLE, and no data-modifying WITH; (2) READ ONLY refuses what a function called there
 # would write; (3) ROLLBACK undoes settings, notifications and large objects; (4) what is not undone is reset;
 # (5) the role is refused if it is, or may become, one that reaches files, programs or other sessions.
