@@ -19,6 +19,7 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from fnmatch import fnmatchcase
 from typing import Any
 
+import anyio
 from common import ConfigError
 from mcp.server.mcpserver.exceptions import ToolError
 
@@ -71,6 +72,7 @@ LOST = (  # the connection, not the statement, has failed: everything here only 
     asyncpg.AdminShutdownError,
     asyncpg.CrashShutdownError,
     asyncpg.CannotConnectNowError,
+    asyncpg.InternalClientError,  # what asyncpg says if the connection ended in the middle of a message
     asyncpg.InvalidCachedStatementError,  # a table has changed since this connection compiled the same statement
 )
 NOT_YET = (*LOST, OSError, TimeoutError, asyncpg.TooManyConnectionsError)  # worth another try when connecting
@@ -328,12 +330,24 @@ def typed(sql: str, values: Sequence[Any], kinds: Sequence[Any]) -> tuple[str, l
 # ------------------------------------------------------------------------------------------------------- queries
 
 
+def has_surrogate(text: str) -> bool:
+    """Whether a text holds half of a character, which no encoding can write."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
 async def compile_reading(connection: Any, sql: str, params: Any) -> tuple[str, list[str | None], Sequence[Any]]:
     """What PostgreSQL makes of the model's statement, without running it: the statement with its parameters as texts,
     these, and the columns. Raises QueryError."""
     sql, values = bindable(sql, params)
     sql = without_end(sql)
     refuse_before_parsing(sql)
+    # asyncpg would fail half way through a message, and the connection with it.
+    if has_surrogate(sql) or has_surrogate(json.dumps(values, ensure_ascii=False)):
+        raise QueryError("the statement or a parameter holds half of a surrogate pair; send valid text")
     statement = await connection.prepare(sql, name="")
     if not statement.get_attributes():
         raise QueryError(ONLY_READS)
@@ -594,10 +608,10 @@ class PostgresPool:
         self.idle: list[Any] = []
         self.opened: dict[Any, float] = {}  # when each connection was opened
         self.slots = asyncio.Semaphore(MAX_POOL)
-        self.tasks: set[asyncio.Task[None]] = set()
+        self.closing: set[asyncio.Task[None]] = set()
         self.users = 0
         milliseconds = round(seconds * 1000)
-        lock = round(min(BUSY_TIME, seconds) * 1000)
+        lock = round(min(BUSY_TIME, seconds / 2) * 1000)
         self.begin = BEGIN.format(milliseconds=milliseconds, lock=lock, idle=2 * milliseconds)
 
     async def check(self) -> None:
@@ -621,9 +635,13 @@ class PostgresPool:
                 "the PostgreSQL URL is not valid; write postgresql://user:password@host:5432/database, and special"
                 " characters of the password percent-encoded"
             ) from None
-        might = "" if self.allow_superuser else await connection.fetchval(MIGHT)
+        try:
+            might = "" if self.allow_superuser else await connection.fetchval(MIGHT)
+        except BaseException:
+            connection.terminate()
+            raise
         if might:
-            await connection.close(timeout=GRACE)
+            connection.terminate()
             raise ConfigError(
                 f"the role is, or may become, one that can do more than read ({might[:200]}); serve as one that only"
                 " reads (SECURITY.md has the SQL that makes it), or start with --allow-superuser"
@@ -659,19 +677,14 @@ class PostgresPool:
     def discard(self, connection: Any) -> None:
         """Close a connection, without waiting for it."""
         self.opened.pop(connection, None)
-        self.background(self._close(connection))
+        task = asyncio.ensure_future(self._close(connection))
+        self.closing.add(task)
+        task.add_done_callback(self.closing.discard)
 
     async def _close(self, connection: Any) -> None:
         # When a call is cancelled, asyncpg asks the server to stop the statement; closing waits until it has.
         with suppress(Exception):
             await connection.close(timeout=2 * GRACE)
-        connection.terminate()
-
-    def background(self, work: Coroutine[Any, Any, None]) -> None:
-        """Run something that no call waits for."""
-        task = asyncio.ensure_future(work)
-        self.tasks.add(task)
-        task.add_done_callback(self.tasks.discard)
 
     async def _warm(self) -> None:
         with suppress(ConfigError, *NOT_YET):
@@ -683,22 +696,24 @@ class PostgresPool:
         """The life of a server: the first connections open before they are needed, all close with the last user."""
         if not self.users:
             self.slots = asyncio.Semaphore(MAX_POOL)
-            self.background(self._warm())
+            self.warming = asyncio.ensure_future(self._warm())
         self.users += 1
         try:
             yield
         finally:
             self.users -= 1
             if not self.users:
-                await self.close()
+                with anyio.CancelScope(shield=True):
+                    await self.close()
 
     async def close(self) -> None:
-        """Close what is open."""
-        for task in list(self.tasks):
-            task.cancel()
+        """Close what is open; statements that were cancelled get the time to end."""
+        self.warming.cancel()
+        with suppress(asyncio.CancelledError):
+            await self.warming
         while self.idle:
             self.discard(self.idle.pop())
-        await asyncio.gather(*self.tasks, return_exceptions=True)
+        await asyncio.gather(*self.closing)
 
     # -- calls
 
@@ -716,10 +731,11 @@ class PostgresPool:
                     raise ConnectionError from None
                 try:
                     yield connection
-                except (QueryError, SQLSTATE):
-                    if not connection.is_closed():
-                        await connection.execute(END)
-                        ended = True
+                except (QueryError, SQLSTATE) as exc:
+                    if not isinstance(exc, LOST):
+                        with suppress(Exception):
+                            await connection.execute(END)
+                            ended = True
                     raise
                 await connection.execute(END)
                 ended = True
@@ -746,8 +762,6 @@ class PostgresPool:
             raise ToolError(" ".join(str(exc).split())[:MAX_NAME]) from None
         except TimeoutError:
             raise ToolError(MESSAGES["57014"].format(seconds=self.seconds)) from None
-        except UnicodeEncodeError:
-            raise ToolError("the statement or a parameter holds half of a surrogate pair; send valid text") from None
         except UnicodeDecodeError:
             raise ToolError("the database holds text that is not UTF-8; read that column as convert_to()") from None
         finally:
