@@ -768,9 +768,9 @@ class PostgresPool:
             self.slots.release()
 
     async def attempt(self, operation: Operation, arguments: Mapping[str, object]) -> Answer:
-        """Run an operation; once more, on a new connection, if the one it had is lost. Raises QueryError."""
+        """Run an operation; again, on a new connection, if the one it had is lost. Raises QueryError."""
         version = 0
-        for last in (False, True):
+        for last in (False, False, True):  # the first may find a connection that was lost before, the next lose one
             try:
                 async with self.transaction() as connection:
                     version = connection.get_server_version().major
@@ -779,7 +779,9 @@ class PostgresPool:
                 while self.idle:  # the database has restarted: the others are lost as well
                     self.discard(self.idle.pop())
                 if last:
-                    raise QueryError("PostgreSQL closed the connection twice; try again in a moment") from None
+                    raise QueryError(
+                        "PostgreSQL closed the connection again and again; try later, or in another way"
+                    ) from None
             except asyncpg.UndefinedTableError as exc:
                 name = re.search(r'"(.*)"', exc.message)
                 if name is None:
