@@ -1093,3 +1093,14 @@ def test_many_calls_at_once_are_all_answered(database: Database, stdio: Callable
         assert parsed(answers[number]["content"][0]["text"])["rows"] == [[n, ""]]
     [[opened]] = database.run("SELECT count(*) FROM pg_stat_activity WHERE application_name = 'db-server'")
     assert 2 <= opened <= db_postgres.MAX_POOL
+
+
+async def test_a_statement_that_lifts_its_own_limit_still_ends(database: Database) -> None:
+    """set_config works from the next portion of rows on: only the clock outside of PostgreSQL is left then."""
+    late = "SELECT set_config('statement_timeout', '0', true), CASE WHEN n > 900 THEN pg_sleep(60) END"
+    async with Client(build_server([database.url()], timeout=0.5)) as client:
+        started = time.monotonic()
+        query = f"{late} FROM generate_series(1, 2000) AS n"
+        assert "limit of 0.5 s" in await refused(client, "query_database", query=query, limit=2000)
+        assert time.monotonic() - started < 5
+        await nothing_runs(database)
