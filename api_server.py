@@ -51,6 +51,7 @@ from common import (
     TTLCache,
     __version__,
     argument_parser,
+    in_thread_of_its_own,
     serve,
     trailer,
 )
@@ -1525,6 +1526,7 @@ def main() -> None:
     def build(args: argparse.Namespace, options: Options) -> Server:
         config = load_config(args.apis, os.environ)
         server = build_server(config, options)
+        server.health = in_thread_of_its_own(partial(load_config, args.apis, os.environ))
         if args.check:
             print(config.check())
             sys.exit(0)

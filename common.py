@@ -1,8 +1,8 @@
 """What the three servers share. Copy this file together with the server that you copy.
 
 In this order: the command line's options, the result budget, a token bucket, a TTL cache, a path sandbox,
-a server that checks, bounds and records every tool call, and the command line. Nothing here knows about files,
-databases or HTTP APIs as such, and nothing here is imported that one of the servers does not need.
+a server that checks, bounds and records every tool call, serving it over HTTP, and the command line. Nothing here
+knows about files, databases or HTTP APIs as such, and nothing is imported that one of the servers does not need.
 """
 
 # ruff: noqa: E402 - the garbage collector is stopped before the SDK is imported, so imports come after it
@@ -15,11 +15,16 @@ gc.disable()
 import argparse
 import asyncio
 import errno
+import hashlib
+import hmac
+import ipaddress
 import json
 import logging
+import math
 import os
 import re
 import signal
+import socket
 import stat
 import sys
 import time
@@ -29,10 +34,12 @@ from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import islice
 from pathlib import Path
 from typing import Any, Generic, NoReturn, TypeVar, cast
 
 import anyio
+import anyio.to_thread
 from mcp.server import MCPServer
 from mcp.server.mcpserver import Context
 from mcp.server.mcpserver.exceptions import ToolError, UnexpectedToolError
@@ -52,7 +59,8 @@ T = TypeVar("T")
 MAX_OUTPUT = 40_000  # characters: about 10,000 tokens, below the 25,000 at which clients cut a result themselves
 MAX_MESSAGE = 1 << 27  # bytes of one message: a text of 10 MB takes six times that in JSON at worst
 TIME_LIMIT = 30.0  # seconds a tool may run; clients drop results at 60
-MAX_AUDIT_VALUE = 200  # characters of one argument kept in an audit line
+MAX_AUDIT_VALUE = 200  # characters of one argument kept in an audit line, and items of one list or object
+MAX_AUDIT_DEPTH = 20  # levels of an argument kept in an audit line
 
 READ_ONLY = ToolAnnotations(read_only_hint=True, open_world_hint=False)
 
@@ -462,7 +470,8 @@ class Located:
 
 def _walk(root: Handle, parts: Sequence[str], last: int) -> Handle:
     """From a root's handle through `parts`, no symlink anywhere; the last one is opened with the flags `last`."""
-    handle = os.dup(root) if isinstance(root, int) else root
+    # Not os.dup: a duplicate shares its place in the listing, and two listings at a time would each miss entries.
+    handle = os.open(os.curdir, _PASS if parts else last, dir_fd=root) if isinstance(root, int) else root
     for number, part in enumerate(parts, 1):
         try:
             child = open_directory_at(handle, part, last if number == len(parts) else _PASS)
@@ -491,6 +500,14 @@ class Sandbox:
             root = Root(path, handle)
             weakref.finalize(root, close_handle, handle)
             self.roots.append(root)
+
+    def check(self) -> None:
+        """Raises OSError when an allowed directory is gone, cannot be listed, or another one has taken its place."""
+        for root in self.roots:
+            if isinstance(root.handle, int) and not os.path.samestat(os.stat(root.path), os.fstat(root.handle)):
+                raise FileNotFoundError(errno.ENOENT, "another directory has taken the place of", root.path)
+            with os.scandir(root.path) as entries:
+                next(entries, None)
 
     def resolve(self, untrusted: str, *, follow_last: bool = True) -> Located:
         """Find where a path leads; relative ones are looked up in each root in turn. Raises ToolError if outside.
@@ -570,16 +587,21 @@ class Sandbox:
 _SECRET_NAME = re.compile(r"pass|secret|token|api[-_]?key|auth|credential|cookie", re.IGNORECASE)
 
 
-def _for_audit(value: Any, name: str = "") -> Any:
-    """Arguments as they may be written down: secrets by their name are masked, long texts cut."""
+def _for_audit(value: Any, name: str = "", depth: int = 0) -> Any:
+    """Arguments as they may be written down: secrets by their name are masked, what is long or deep is cut."""
     if _SECRET_NAME.search(name):
         return "***"
     if isinstance(value, str) and len(value) > MAX_AUDIT_VALUE:
         return f"{value[:MAX_AUDIT_VALUE]}… ({len(value)} characters)"
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)  # JSON has no such number, and who reads the log may not either
+    if isinstance(value, Mapping | list) and depth == MAX_AUDIT_DEPTH:
+        return "…"  # nested to the interpreter's limit it would end the call here, without a line in the log
     if isinstance(value, Mapping):
-        return {str(k): _for_audit(v, str(k)) for k, v in cast("Mapping[object, Any]", value).items()}
+        items = islice(cast("Mapping[object, Any]", value).items(), MAX_AUDIT_VALUE)
+        return {str(k)[:MAX_AUDIT_VALUE]: _for_audit(v, str(k), depth + 1) for k, v in items}
     if isinstance(value, list):
-        return [_for_audit(item) for item in cast("list[Any]", value)[:MAX_AUDIT_VALUE]]
+        return [_for_audit(item, name, depth + 1) for item in cast("list[Any]", value)[:MAX_AUDIT_VALUE]]
     return value
 
 
@@ -595,6 +617,7 @@ def _slim(schema: Any) -> Any:
 
 
 _audit_facts: ContextVar[dict[str, object]] = ContextVar("_audit_facts")
+_caller: ContextVar[str | None] = ContextVar("_caller", default=None)
 
 
 def audit(**facts: object) -> None:
@@ -602,10 +625,28 @@ def audit(**facts: object) -> None:
     _audit_facts.get({}).update(facts)
 
 
+def in_thread_of_its_own(check: Callable[[], object]) -> Callable[[], Awaitable[None]]:
+    """`check` as the `health` of a Server. One check runs at a time, on no thread of the tools': those of a file system
+    that hangs must not use them up."""
+    limiter = anyio.CapacityLimiter(1)
+
+    async def health() -> None:
+        await anyio.to_thread.run_sync(check, abandon_on_cancel=True, limiter=limiter)
+
+    return health
+
+
+def caller() -> str | None:
+    """Who made the tool call that is running: over HTTP the short hash of their token, or "" if none is needed; None
+    over stdio, where it is the person who started the server."""
+    return _caller.get()
+
+
 class Server(MCPServer[Any]):
     """An MCPServer whose tool calls are all checked, bounded in time, and recorded, whatever the tool does.
 
-    Every failure reaches the model as one sentence. `redact` is applied to all text that leaves the server.
+    Every failure reaches the model as one sentence. `redact` is applied to all text that leaves the server. `health`
+    raises when what the server serves is gone.
     """
 
     def __init__(
@@ -616,16 +657,15 @@ class Server(MCPServer[Any]):
         *,
         redact: Callable[[str], str] = str,
         lifespan: Any = None,
+        health: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         # At the SDK's default, INFO, every refused call would add a line to the client's log file.
         super().__init__(name, instructions=instructions, version=__version__, log_level="WARNING", lifespan=lifespan)
         self.options = options
         self._redact = redact
         self._tools: list[Tool] = []
-        self._bucket: TokenBucket | None = None
-        if options.rate_limit is not None:
-            calls, seconds = options.rate_limit
-            self._bucket = TokenBucket(calls, calls / seconds)
+        self.health = health
+        self._buckets: dict[str, TokenBucket] = {}  # one for each caller
         self._audit_fd: int | None = None
         if options.audit_log is not None:
             try:
@@ -661,7 +701,7 @@ class Server(MCPServer[Any]):
         """Run one tool within the time limit. Raises ToolError with one sentence that says what to do next."""
         started = time.perf_counter()
         outcome, size = "cancelled", 0
-        facts: dict[str, object] = {}
+        facts: dict[str, object] = {"token": caller()} if caller() else {}
         _audit_facts.set(facts)  # worker threads see the same dict
         try:
             await self._refuse_bad_call(name, arguments)
@@ -693,10 +733,14 @@ class Server(MCPServer[Any]):
             if argument not in valid:
                 takes = ", ".join(valid) or "no arguments"
                 raise ToolError(f"unknown argument: {argument}; {name} takes {takes}")
-        wait = self._bucket.try_acquire() if self._bucket else 0.0
-        if wait and self._bucket:
+        if self.options.rate_limit is None:
+            return
+        calls, seconds = self.options.rate_limit
+        # One caller who uses up the limit must not lock out the others.
+        bucket = self._buckets.setdefault(caller() or "", TokenBucket(calls, calls / seconds))
+        if wait := bucket.try_acquire():
             raise ToolError(
-                f"rate limit reached: {self._bucket.capacity:g} calls at once, {self._bucket.refill_rate:g} a second; "
+                f"rate limit reached: {bucket.capacity:g} calls at once, {bucket.refill_rate:g} a second; "
                 f"try again in {wait:.1f} s"
             )
 
@@ -711,6 +755,18 @@ class Server(MCPServer[Any]):
             ]
             return f"{'; '.join(problems)}; correct the arguments of {name} and call it again"
         return str(exc).removeprefix(f"Error executing tool {name}: ")
+
+    def mask(self, secrets: Sequence[str]) -> None:
+        """Also keep these texts out of everything that leaves the server."""
+        redact = self._redact
+
+        def redact_more(text: str) -> str:
+            text = redact(text)
+            for secret in secrets:
+                text = text.replace(secret, "***")
+            return text
+
+        self._redact = redact_more
 
     def _clean_text(self, text: str) -> str:
         """Text that may leave: secrets masked, and no lone surrogate, which would end the SDK's writer."""
@@ -760,6 +816,233 @@ class Server(MCPServer[Any]):
             logging.getLogger(__name__).error("the audit log cannot be written")
 
 
+# ---------------------------------------------------------------------------------------------------------- HTTP
+#
+# Streamable HTTP, without sessions: each request stands alone, so any replica can answer it. The SDK's application
+# speaks the protocol and checks Host and Origin, uvicorn serves it; here is who may call, and how long all may take.
+
+MAX_BODY = 4 * 1024 * 1024  # bytes of a request; larger files than that are not written by a model
+ARRIVAL_TIME = 15.0  # seconds for a request to arrive whole, and for an idle connection to stay
+ANSWER_TIME = 45.0  # seconds after that to answer it: a tool's 30, and time to send the result
+DRAIN_TIME = 10  # seconds that calls in flight may still take after SIGTERM
+HEALTH_TIME = 5.0  # seconds until a resource that does not answer counts as gone
+MIN_TOKEN = 32  # characters: such a token cannot be guessed, and its short hash in the audit log tells nothing
+
+LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
+
+
+def read_tokens(text: str | None) -> list[str]:
+    """The bearer tokens in MCP_AUTH_TOKEN: several, with commas between, while one replaces another."""
+    if text is None:
+        return []
+    tokens = [token.strip() for token in text.split(",")]
+    for number, token in enumerate(tokens, 1):
+        # A secret that is mounted empty or was cut must not leave the server open, or open to guessing.
+        if len(token) < MIN_TOKEN or not re.fullmatch(r"[\w.~+/-]+=*", token, re.ASCII):
+            raise ConfigError(
+                f"MCP_AUTH_TOKEN: token {number} is no token of {MIN_TOKEN} or more letters, digits and -._~+/= (it has"
+                f" {len(token)} characters); make one with `openssl rand -hex 32`, and put commas between several"
+            )
+    return tokens
+
+
+def listen(host: str, port: int, *, public: bool) -> list[socket.socket]:
+    """Sockets on all addresses of a host. Raises ConfigError, also for an address that is not loopback, if the server
+    is not to be `public`."""
+    sockets: list[socket.socket] = []
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        # What is asked is where the name leads, not how it is spelt: 0, 127.1 and localhost are names as well.
+        if not public and not all(ipaddress.ip_address(str(info[4][0])).is_loopback for info in found):
+            raise ConfigError(
+                f"{host} can be reached from other machines: set MCP_AUTH_TOKEN to a token of {MIN_TOKEN} or more"
+                " characters that clients must send, or leave the host out to serve this machine only"
+            )
+        for family, _, _, _, address in found:
+            try:
+                sockets.append(socket.create_server((address[0], port), family=family))
+            except OSError as exc:
+                # A machine without IPv6 still has the name ::1 for localhost.
+                if exc.errno != errno.EADDRNOTAVAIL or (not sockets and address is found[-1][4]):
+                    raise
+            port = port or sockets[-1].getsockname()[1]
+    except (OSError, UnicodeError) as exc:
+        for bound in sockets:
+            bound.close()
+        raise ConfigError(f"cannot listen on {host}, port {port}: {getattr(exc, 'strerror', exc)}") from None
+    return sockets
+
+
+class Gate:
+    """The outermost ASGI application: /health for everybody, and /mcp for who has a token."""
+
+    def __init__(self, app: Any, server: Server, tokens: Sequence[str]) -> None:
+        self.app = app
+        self.server = server
+        # Digests, so that comparing takes the same time for a token of any length.
+        self.tokens = [hashlib.sha256(token.encode()).digest() for token in tokens]
+        self._health: TTLCache[str, bool] = TTLCache(1, ttl=0.1)
+        self._checking = anyio.Lock()
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:  # noqa: D102 - ASGI's own signature
+        from starlette.responses import JSONResponse, PlainTextResponse
+
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        caller = self._authenticate(scope["headers"])
+        if scope["path"] == "/health":
+            healthy = await self._is_healthy()
+            answer = JSONResponse({"status": "ok" if healthy else "unavailable"}, 200 if healthy else 503)
+        elif caller is None:
+            answer = JSONResponse(
+                {"error": "invalid_token", "error_description": "send the header Authorization: Bearer TOKEN"},
+                401,
+                {"WWW-Authenticate": f'Bearer realm="{self.server.name}", error="invalid_token"'},
+            )
+        elif scope["path"] == "/mcp" and scope["method"] != "POST":
+            # Without sessions there is nothing to GET or DELETE; a stream of no events would only hold up the end.
+            answer = PlainTextResponse("this server has no sessions; send requests with POST", 405, {"Allow": "POST"})
+        else:
+            _caller.set(caller)
+            return await self._call(scope, receive, send)
+        return await answer(scope, receive, send)
+
+    def _authenticate(self, headers: Iterable[tuple[bytes, bytes]]) -> str | None:
+        """The short hash of the caller's token, "" if none is needed, None if it is not valid."""
+        if not self.tokens:
+            return ""
+        given = [value for name, value in headers if name == b"authorization"]
+        scheme, _, token = given[0].partition(b" ") if len(given) == 1 else (b"", b"", b"")
+        digest = hashlib.sha256(token.strip()).digest()
+        # Comparing with == takes longer the more is right, and stopping at a match tells which one it is.
+        found = [hmac.compare_digest(digest, known) for known in self.tokens]
+        return f"sha256:{digest.hex()[:8]}" if scheme.lower() == b"bearer" and any(found) else None
+
+    async def _is_healthy(self) -> bool:
+        """Whether the resource answers. It is asked ten times a second at most: anybody may ask for /health."""
+        async with self._checking:
+            healthy = self._health.get("")
+            if healthy is None:
+                healthy = True
+                try:
+                    with anyio.fail_after(HEALTH_TIME):
+                        if self.server.health is not None:
+                            await self.server.health()
+                except Exception as exc:
+                    healthy = False
+                    logging.getLogger(__name__).warning("/health: %s", str(exc) or type(exc).__name__)
+                self._health.put("", healthy)
+            return healthy
+
+    async def _call(self, scope: Any, receive: Any, send: Any) -> None:
+        """Handle a request, and stop its work when the client hangs up: nobody else could cancel it."""
+        arrived = anyio.Event()
+
+        async def receive_request() -> Any:
+            message = await receive()
+            if not message.get("more_body"):
+                arrived.set()
+            return message
+
+        async def stop_when_hung_up() -> None:
+            await arrived.wait()
+            while (await receive())["type"] != "http.disconnect":
+                pass
+            tasks.cancel_scope.cancel()
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(stop_when_hung_up)
+            await self.app(scope, receive_request, send)
+            tasks.cancel_scope.cancel()
+
+
+def _impatient_protocol() -> type[asyncio.Protocol]:
+    """uvicorn's HTTP/1.1 with an end to waiting. It has none for a request that never arrives whole nor for an answer
+    that is never taken: a thousand such connections would use up the descriptors, and the server with them."""
+    from uvicorn.protocols.http.h11_impl import H11Protocol
+
+    class ImpatientProtocol(H11Protocol):
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            # The body is written after the headers, and without this it waits for an acknowledgement: 40 ms a call.
+            transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self._timer = self.loop.call_later(ARRIVAL_TIME, self._give_up, False)
+
+        def on_response_complete(self) -> None:
+            self._timer.cancel()
+            self._timer = self.loop.call_later(ARRIVAL_TIME, self._give_up, False)
+            super().on_response_complete()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._timer.cancel()
+            super().connection_lost(exc)
+
+        def _give_up(self, answering: bool) -> None:
+            cycle: Any = self.cycle
+            if cycle and not cycle.more_body and not cycle.response_complete and not answering:
+                self._timer = self.loop.call_later(ANSWER_TIME, self._give_up, True)
+            else:
+                self.transport.abort()
+
+    return ImpatientProtocol
+
+
+def _url(bound: socket.socket) -> str:
+    """Where clients find a bound socket: under the name of this machine's own, if it is bound to all addresses."""
+    host, port = bound.getsockname()[:2]
+    if ipaddress.ip_address(host).is_unspecified:
+        host = "localhost"
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+async def _serve_http(server: Server, sockets: list[socket.socket], hosts: Sequence[str], tokens: list[str]) -> None:
+    import uvicorn
+    from mcp.server.transport_security import TransportSecuritySettings
+
+    # A web page in somebody's browser can send requests here, and make its own name lead here (DNS rebinding).
+    # Its Host or Origin header gives it away: only names that are known to be this server's are answered.
+    known = dict.fromkeys([*LOOPBACK, *hosts])
+    names = [name for host in known for name in ([host] if _PORT.search(host) else [host, f"{host}:*"])]
+    security = TransportSecuritySettings(
+        allowed_hosts=names, allowed_origins=[f"{scheme}://{name}" for name in names for scheme in ("http", "https")]
+    )
+    server.mask(tokens)
+    app = server.streamable_http_app(
+        json_response=True, stateless_http=True, max_request_body_size=MAX_BODY, transport_security=security
+    )
+    config = uvicorn.Config(
+        cast("Any", Gate(app, server, tokens)),
+        http=_impatient_protocol(),
+        ws="none",
+        log_config=None,
+        log_level="error",
+        access_log=False,  # it would write down whatever a caller puts into a path; the audit log tells who did what
+        proxy_headers=False,
+        server_header=False,
+        timeout_graceful_shutdown=DRAIN_TIME,
+    )
+    url = _url(sockets[0])
+    print(
+        f"{server.name} {__version__}: {server.instructions}\n"
+        f"Serving {url}/mcp ({'a token is' if tokens else 'no token'} needed) and {url}/health to clients that call it"
+        f" {', '.join(known)}; --allowed-host adds a name.",
+        file=sys.stderr,
+        flush=True,
+    )
+
+    def end(*_: object) -> None:
+        os._exit(0)  # as over stdio: a worker thread that is stuck must not keep the process alive
+
+    class PromptServer(uvicorn.Server):
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            asyncio.get_running_loop().call_later(DRAIN_TIME + 1, end)
+            await super().shutdown(sockets)
+
+    # uvicorn waits for the calls in flight, and then raises the signal again, for the handler that was there before.
+    signal.signal(signal.SIGTERM, end)
+    await PromptServer(config).serve(sockets)
+
+
 # -------------------------------------------------------------------------------------------------- command line
 
 
@@ -775,6 +1058,21 @@ def argument_parser(name: str, description: str) -> argparse.ArgumentParser:
         "--call", nargs="+", metavar=("TOOL", "name=value"), help="run one tool, print its result, and exit"
     )
     parser.add_argument("--list-tools", action="store_true", help="print the tools with their parameters, and exit")
+    parser.add_argument(
+        "--http",
+        type=_address,
+        metavar="[HOST:]PORT",
+        help="serve Streamable HTTP instead of stdio, to this machine only if no host is given; to others only with a"
+        " token in MCP_AUTH_TOKEN, which clients must send",
+    )
+    parser.add_argument(
+        "--allowed-host",
+        type=_host,
+        action="append",
+        default=[],
+        metavar="NAME[:PORT]",
+        help="a name that clients call this server by, in the Host and Origin headers (with --http)",
+    )
     parser.add_argument("--audit-log", type=Path, metavar="FILE", help="append one JSON line a call to FILE")
     parser.add_argument(
         "--max-output",
@@ -794,6 +1092,32 @@ def _not_negative(text: str) -> int:
     return int(text)
 
 
+_PORT = re.compile(r":\d+\Z")
+
+
+def _host(text: str) -> str:
+    if not re.fullmatch(r"([a-z0-9._-]+|\[[0-9a-f:.]+\])(:\d+)?", text.lower()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a host name, such as mcp.example.com")
+    return text.lower()
+
+
+def _address(text: str) -> tuple[str, int]:
+    host, separator, port = text.rpartition(":")
+    host = (host[1:-1] if host.startswith("[") and host.endswith("]") else host) if separator else "127.0.0.1"
+    if not host or not port.isascii() or not port.isdigit() or int(port) > 65_535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not [HOST:]PORT, such as 8000 or 0.0.0.0:8000")
+    return host, int(port)
+
+
+def _own_name(host: str) -> list[str]:
+    """The Host header of clients that use the address that is served; 0.0.0.0 and :: are no such address."""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return [host.lower()]
+    return [] if address.is_unspecified else [f"[{address}]" if address.version == 6 else str(address)]
+
+
 def _rate(text: str) -> tuple[int, float]:
     with suppress(ValueError, ZeroDivisionError):
         calls, seconds = text.split("/")
@@ -806,7 +1130,11 @@ def serve(parser: argparse.ArgumentParser, build: Callable[[argparse.Namespace, 
     """Read the command line, build the server, and do what was asked: serve over stdio, or run one tool."""
     args = parser.parse_args()
     try:
+        if args.allowed_host and not args.http:
+            raise ConfigError("--allowed-host is for --http only; leave it out, or add --http PORT")
+        tokens = read_tokens(os.environ.get("MCP_AUTH_TOKEN")) if args.http else []
         server = build(args, Options(args.max_output, args.rate_limit, args.audit_log))
+        sockets = listen(*args.http, public=bool(tokens)) if args.http else []
     except ConfigError as exc:
         parser.error(str(exc))
     # Ctrl-C ends the process at once; Python's own handler would wait for the thread that reads stdin.
@@ -815,6 +1143,8 @@ def serve(parser: argparse.ArgumentParser, build: Callable[[argparse.Namespace, 
         anyio.run(_print_tools, server)
     elif args.call:
         sys.exit(anyio.run(_call_once, parser, server, args.call))
+    elif args.http:
+        anyio.run(_serve_http, server, sockets, [*_own_name(args.http[0]), *args.allowed_host], tokens)
     else:
         if sys.stdin.isatty():
             _greet(server, parser.prog)

@@ -819,7 +819,7 @@ from typing import Annotated
 from urllib.parse import quote
 
 import anyio
-from common import READ_ONLY, ConfigError, Options, Server, argument_parser, serve, trailer
+from common import READ_ONLY, ConfigError, Options, Server, argument_parser, in_thread_of_its_own, serve, trailer
 from mcp.server.mcpserver.exceptions import ResourceError, ResourceNotFoundError, ToolError
 from mcp.server.mcpserver.resources.templates import ResourceSecurity
 from mcp_types import Resource
@@ -1118,6 +1118,7 @@ def build_server(
     dialect = pool.dialect
     instructions = f"Read-only SQL ({dialect.name}) on {names}. Begin with list_tables and describe_table."
     server = DatabaseServer(pool, instructions, options)
+    server.health = in_thread_of_its_own(lambda: [check_file(path) for path in paths])
     cut = options.max_output
 
     sql = Field(description=f"One {dialect.name} statement that reads", max_length=MAX_SQL)

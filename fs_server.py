@@ -52,6 +52,7 @@ from common import (
     audit,
     close_handle,
     explained,
+    in_thread_of_its_own,
     make_directory_at,
     open_at,
     open_directory_at,
@@ -166,7 +167,8 @@ def build_server(
         raise ConfigError(f"--deny: {exc}") from None
     names = ", ".join(root.path for root in files.sandbox.roots)
     does = "Reads, lists, finds, searches and changes" if write else "Reads, lists, finds and searches"
-    server = Server("fs-server", f"{does} the files in {names}, and nothing else.", options)
+    health = in_thread_of_its_own(files.sandbox.check)
+    server = Server("fs-server", f"{does} the files in {names}, and nothing else.", options, health=health)
     max_output = options.max_output
 
     @server.tool(annotations=READ_ONLY, structured_output=False)
@@ -417,26 +419,30 @@ async def walk_in_thread(
 ) -> T:
     """The same for a walk, of which only a few run at a time.
 
-    A client that asked for progress is told five times a second how many entries were visited.
+    A client that asked for progress is told ten times a second how many entries were visited, and once at the end.
     """
     work = Work()
+    told = 0
 
     async def report() -> None:
-        told = 0
-        while True:
-            await asyncio.sleep(0.2)
-            if work.visited > told:
-                told = work.visited
-                await ctx.report_progress(told, message=f"{told} entries visited")
+        nonlocal told
+        if work.visited > told:  # each notification must tell more than the one before
+            told = work.visited
+            await ctx.report_progress(told, message=f"{told} entries visited")  # nothing if nobody asked for it
 
-    wants_progress = "progress_token" in (ctx.request_context.meta or {})
-    reporter = asyncio.create_task(report()) if wants_progress else None
+    async def report_often() -> None:
+        while True:
+            await asyncio.sleep(0.1)
+            await report()
+
+    reporter = asyncio.create_task(report_often())
     try:
-        return await anyio.to_thread.run_sync(function, work, abandon_on_cancel=True, limiter=limiter)
+        result = await anyio.to_thread.run_sync(function, work, abandon_on_cancel=True, limiter=limiter)
     finally:
         work.cancelled = True
-        if reporter:
-            reporter.cancel()
+        reporter.cancel()
+    await report()
+    return result
 
 
 # --------------------------------------------------------------------------------------------------- directories
@@ -1105,9 +1111,13 @@ class Target:
                     copy_attributes(self, fd)
                 os.fsync(fd)
                 self.refuse_changed()
+                if isinstance(self.directory, str):  # Windows renames no open file; elsewhere its lock is still needed
+                    os.close(fd)
+                    fd = -1
                 replace_at(self.directory, temporary, self.name)
             finally:
-                os.close(fd)
+                if fd >= 0:
+                    os.close(fd)
         except BaseException:
             with suppress(OSError):
                 remove_at(self.directory, temporary)
@@ -1166,7 +1176,8 @@ def copy_attributes(target: Target, fd: int) -> None:
             pass
         finally:
             os.close(old)
-    os.chmod(fd if os.chmod in os.supports_fd else target.name, stat.S_IMODE(target.info.st_mode))
+    if os.chmod in os.supports_fd:  # not on Windows, where a file that may not be written cannot be replaced either
+        os.chmod(fd, stat.S_IMODE(target.info.st_mode))
 
 
 @contextmanager
@@ -1204,6 +1215,9 @@ def writing(files: Files, path: str, work: Work) -> Generator[Target]:
                 raise ToolError(f"{located.shown} has {info.st_size} bytes, more than {MAX_FILE}; it is left alone")
             with open(fd, "rb", closefd=False) as file:
                 old = file.read()
+            if isinstance(directory, str):  # Windows replaces no open file
+                os.close(fd)
+                fd = -1
             yield Target(directory, name, located.shown, old, info)
     finally:
         if fd >= 0:

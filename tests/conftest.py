@@ -1,5 +1,6 @@
 """Helpers that the tests of all servers share."""
 
+import asyncio
 import json
 import os
 import subprocess
@@ -43,6 +44,25 @@ async def ok(client: Client, tool: str, **arguments: Any) -> str:
 
 async def refused(client: Client, tool: str, **arguments: Any) -> str:
     return error_of(await client.call_tool(tool, arguments))
+
+
+class Clock:
+    """A timer that moves only when it is told to; sleeping moves it."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+        self.slept: list[float] = []
+
+    def __call__(self) -> float:
+        return self.now
+
+    def tick(self, seconds: float) -> None:
+        self.now += seconds
+
+    async def sleep(self, seconds: float) -> None:
+        self.slept.append(seconds)
+        self.now += seconds
+        await asyncio.sleep(0)
 
 
 class Stdio:

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from common import ConfigError, Options
-from conftest import PROJECT, Stdio, ok, refused
+from conftest import PROJECT, Clock, Stdio, ok, refused
 from mcp import Client
 from upstream_site import Seen, Site, reply
 
@@ -483,25 +483,6 @@ def test_masking_leaves_ordinary_text_alone(tmp_path: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------- the cache
-
-
-class Clock:
-    """A timer that moves only when it is told to; sleeping moves it."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-        self.slept: list[float] = []
-
-    def __call__(self) -> float:
-        return self.now
-
-    def tick(self, seconds: float) -> None:
-        self.now += seconds
-
-    async def sleep(self, seconds: float) -> None:
-        self.slept.append(seconds)
-        self.now += seconds
-        await asyncio.sleep(0)
 
 
 @asynccontextmanager

@@ -9,30 +9,23 @@ from typing import Any
 
 import anyio
 import pytest
-from common import Options, Sandbox, Server, TokenBucket, TTLCache, page, printable, trailer, unprintable
-from conftest import PROJECT, ok, refused, text_of
+from common import (
+    Options,
+    Sandbox,
+    Server,
+    TokenBucket,
+    TTLCache,
+    close_handle,
+    page,
+    printable,
+    trailer,
+    unprintable,
+)
+from conftest import PROJECT, Clock, ok, refused, text_of
 from mcp import Client
 from mcp.server.mcpserver.exceptions import ToolError
 
 pytestmark = pytest.mark.anyio
-
-
-class Clock:
-    """A timer that the test moves."""
-
-    def __init__(self) -> None:
-        self.now = 100.0
-        self.slept: list[float] = []
-
-    def __call__(self) -> float:
-        return self.now
-
-    def tick(self, seconds: float) -> None:
-        self.now += seconds
-
-    async def sleep(self, seconds: float) -> None:
-        self.slept.append(seconds)
-        self.tick(seconds)
 
 
 # -------------------------------------------------------------------------------------------------- token bucket
@@ -125,7 +118,7 @@ def test_an_expired_entry_can_still_be_peeked_at_until_it_is_removed() -> None:
     clock.tick(6)
     entry = cache.peek("a")
     assert entry is not None
-    assert (entry.value, entry.size, entry.stored, entry.expires) == (1, 7, 100.0, 105.0)
+    assert (entry.value, entry.size, entry.stored, entry.expires) == (1, 7, 1000.0, 1005.0)
     cache.expire()
     assert cache.peek("a") is None
     assert cache.get("b") == 2
@@ -416,3 +409,44 @@ def test_the_sandbox_works_where_the_platform_has_no_dir_fd(tmp_path: Path, monk
     (tmp_path / "in" / "a.txt").symlink_to("../out.txt")
     with pytest.raises(ToolError, match="replaced"):
         sandbox.open_file(located)
+
+
+def test_two_listings_of_an_allowed_directory_at_a_time_both_see_all_of_it(tmp_path: Path) -> None:
+    for number in range(100):
+        (tmp_path / str(number)).touch()
+    sandbox = Sandbox([tmp_path])
+    first, second = (sandbox.open_directory(sandbox.resolve(".")) for _ in range(2))
+    try:
+        with os.scandir(first) as one, os.scandir(second) as other:
+            next(one)
+            assert len(list(other)) == 100
+            assert len(list(one)) == 99
+    finally:
+        close_handle(first)
+        close_handle(second)
+
+
+async def test_the_audit_line_is_there_whatever_the_arguments_are(tmp_path: Path) -> None:
+    log = tmp_path / "audit.jsonl"
+    server = Server("test", "Tests.", Options(audit_log=log))
+
+    @server.tool(structured_output=False)
+    async def take(value: Any) -> str:
+        """Take anything."""
+        return "taken"
+
+    deep: Any = "bottom"
+    for _ in range(150):
+        deep = [deep]
+    wide = {str(number): number for number in range(10_000)}
+    async with Client(server) as client:
+        for value in (deep, wide, float("inf"), [["x" * 1000] * 1000], {"password": "hidden"}, {"token": ["hidden"]}):
+            assert await ok(client, "take", value=value) == "taken"
+
+    def no_constant(name: str) -> None:
+        raise AssertionError(name)
+
+    lines = [json.loads(line, parse_constant=no_constant) for line in log.read_text().splitlines()]
+    assert [line["outcome"] for line in lines] == ["ok"] * 6
+    assert "hidden" not in log.read_text()
+    assert max(map(len, log.read_text().splitlines())) < 60_000

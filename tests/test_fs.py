@@ -820,6 +820,17 @@ async def test_a_thousand_levels_are_listed_to_a_depth_that_is_said(abyss: Path)
         assert (await ok(client, "search_files", path=near, pattern="bottom.txt")).endswith("bottom.txt")
 
 
+async def test_a_short_walk_reports_its_progress_once(root: Path) -> None:
+    told: list[float] = []
+
+    async def note(progress: float, total: float | None, message: str | None) -> None:
+        told.append(progress)
+
+    async with client_for(root) as client:
+        await client.call_tool("search_files", {"path": ".", "pattern": "*"}, progress_callback=note)
+    assert told == [5]
+
+
 async def test_every_tool_is_annotated_and_the_list_is_small_and_stable(root: Path) -> None:
     async with client_for(root) as client:
         tools = (await client.list_tools()).tools

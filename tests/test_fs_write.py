@@ -402,6 +402,30 @@ async def test_a_directory_with_secrets_below_is_not_moved_where_they_could_be_r
         await ok(client, "move_file", source="sub", destination="open")
 
 
+async def test_all_of_it_works_where_the_platform_has_no_dir_fd(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("common.HAS_DIR_FD", False)
+    (root / "link").symlink_to("../outside")
+    before = snapshot(root.parent / "outside")
+    async with client_for(root) as client:
+        await ok(client, "create_directory", path="a/b")
+        assert await ok(client, "write_file", path="a/b/new.txt", content="one\n") == "created a/b/new.txt: 4 bytes"
+        await ok(client, "edit_file", path="a/b/new.txt", edits=[edit("one", "two")])
+        await ok(client, "move_file", source="a/b/new.txt", destination="moved.txt")
+        assert await ok(client, "read_file", path="moved.txt") == "two\n"
+        assert await ok(client, "search_text", path=".", pattern="two") == "./moved.txt:1:two\n./note.txt:2:two"
+        assert "exists" in await refused(client, "move_file", source="moved.txt", destination="note.txt")
+        for tool, arguments in (
+            ("write_file", {"path": "link/file.txt", "content": "evil"}),
+            ("create_directory", {"path": "link/new"}),
+            ("move_file", {"source": "note.txt", "destination": "link/note.txt"}),
+            ("read_file", {"path": "link/file.txt"}),
+            ("list_directory", {"path": "link"}),
+        ):
+            assert "outside" in await refused(client, tool, **arguments)
+    assert snapshot(root.parent / "outside") == before
+    assert leftovers(root) == []
+
+
 # --------------------------------------------------------------------------------------------- races and failures
 
 SWAPPER = """
