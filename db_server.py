@@ -6,6 +6,7 @@
 
     python db_server.py FILE.db [FILE.db ...]
 
+(A postgresql:// URL is served by db_postgres.py, with the same tools.)
 Trust boundary: SQL from the model runs in a worker process, on connections that SQLite itself holds read-only;
 whatever it does there, the worker is killed at the time limit and cannot take more memory than its limit.
 Not defended against: what the rows themselves say to the model, and reading: all of the named files is readable.
@@ -27,7 +28,7 @@ import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import aiosqlite
 
@@ -256,21 +257,21 @@ def squeeze(row: tuple[Any, ...], room: int) -> tuple[Any, ...]:
     )
 
 
-def read_rows(cursor: sqlite3.Cursor, limit: int, offset: int, max_output: int) -> Answer:
-    """The rows from `offset` on, as far as `limit` and `max_output` allow; one more is fetched to know if there is."""
-    names = [name if len(name) <= MAX_NAME else name[:MAX_NAME] + "…" for name, *_ in cursor.description]
+def read_rows(
+    names: Iterable[str], rows: Iterable[tuple[Any, ...]], limit: int, offset: int, max_output: int
+) -> Answer:
+    """The rows, of which the first is number `offset`, as far as `limit` and `max_output` allow; one more is fetched to
+    know if there is."""
+    names = [name if len(name) <= MAX_NAME else name[:MAX_NAME] + "…" for name in names]
     header = '{"columns": ' + json.dumps(names, ensure_ascii=False) + ', "rows": ['
     max_output = max_output or MAX_RESULT
     room = max_output - len(header) - min(300, max_output // 4)  # for the last line and the trailer
     if room < max_output // 4:
         raise QueryError(f"the column names alone take {len(header)} characters; name fewer columns, or shorter ones")
-    for skipped in range(offset):
-        if cursor.fetchone() is None:
-            raise QueryError(f"offset={offset} is past the end: the query has {skipped} rows; use a smaller offset")
     lines: list[str] = []
     used = cut = 0
     more = False
-    for row in cursor:
+    for row in rows:
         if len(lines) == limit:
             more = True
             break
@@ -287,8 +288,8 @@ def read_rows(cursor: sqlite3.Cursor, limit: int, offset: int, max_output: int) 
     facts = [f"rows {offset + 1}-{offset + len(lines)} shown"] if more else []
     if cut:
         facts.append(f"{cut} cells cut, substr(column, start, length) reads on in one")
-    rows = "\n" + ",\n".join(lines) + "\n" if lines else ""
-    text = f'{header}{rows}], "row_count": {len(lines)}, "truncated": {"true" if more else "false"}}}'
+    body = "\n" + ",\n".join(lines) + "\n" if lines else ""
+    text = f'{header}{body}], "row_count": {len(lines)}, "truncated": {"true" if more else "false"}}}'
     return Answer(text, facts, {"offset": offset + len(lines)} if more else {})
 
 
@@ -343,7 +344,10 @@ def run_query(
     connection.text_factory = text_reader(MAX_CELL if max_output else MAX_RESULT // 8)
     cursor = execute(connection, sql, params)
     try:
-        return read_rows(cursor, limit, offset, max_output)
+        for skipped in range(offset):
+            if cursor.fetchone() is None:
+                raise QueryError(f"offset={offset} is past the end: the query has {skipped} rows; use a smaller offset")
+        return read_rows((name for name, *_ in cursor.description), cursor, limit, offset, max_output)
     finally:
         cursor.close()  # an open cursor keeps its read lock, and another program's write waits for it
 
@@ -427,28 +431,38 @@ def tables(connection: sqlite3.Connection, *, schema: str, pattern: str, offset:
     schema = find_schema(connection, schema)
     glob = (pattern or "*").lower().replace("%", "*")
     found = [row for row in connection.execute(OBJECTS, (schema,)) if _matches(connection, row[0], glob)]
-    if offset and offset >= len(found):
-        raise QueryError(f"offset={offset} is past the end: there are {len(found)} tables; use a smaller offset")
     estimates = row_estimates(connection, schema, [name for name, kind, _ in found if kind == "table"])
-    lines: list[str] = []
-    used = 0
-    for name, kind, columns in found[offset:]:
+    entries: list[dict[str, Any]] = []
+    for name, kind, columns in found:
         entry: dict[str, Any] = {"name": name[:MAX_NAME], "type": kind}
         if kind != "virtual":  # what SQLite counts there includes hidden columns
             entry["columns"] = columns
         if name in estimates:
             entry["row_estimate"] = estimates[name]
+        entries.append(entry)
+    return list_entries(schema, schemas_of(connection), entries, offset, max_output)
+
+
+def list_entries(
+    schema: str, schemas: Sequence[str], entries: Sequence[Mapping[str, Any]], offset: int, max_output: int
+) -> Answer:
+    """The tables of a schema from `offset` on, one a line, in the form of a query's result."""
+    if offset and offset >= len(entries):
+        raise QueryError(f"offset={offset} is past the end: there are {len(entries)} tables; use a smaller offset")
+    lines: list[str] = []
+    used = 0
+    for entry in entries[offset:]:
         lines.append(json.dumps(entry, ensure_ascii=False))
         used += len(lines[-1]) + 2
         if max_output and used > max_output - 500 and len(lines) > 1:
             lines.pop()
             break
     end = offset + len(lines)
-    head = {"schema": schema, "schemas": schemas_of(connection)}
+    head = {"schema": schema, "schemas": schemas}
     body = "\n" + ",\n".join(lines) + "\n" if lines else ""
-    text = f'{json.dumps(head, ensure_ascii=False)[:-1]}, "tables": [{body}], "table_count": {len(found)}}}'
-    more = end < len(found)
-    facts = [f"tables {offset + 1}-{end} of {len(found)} shown"] if more else []
+    text = f'{json.dumps(head, ensure_ascii=False)[:-1]}, "tables": [{body}], "table_count": {len(entries)}}}'
+    more = end < len(entries)
+    facts = [f"tables {offset + 1}-{end} of {len(entries)} shown"] if more else []
     return Answer(text, facts, {"offset": end} if more else {})
 
 
@@ -489,7 +503,7 @@ def describe(connection: sqlite3.Connection, *, schema: str, table: str, seconds
     ]
     result["foreign_keys"] = foreign_keys(connection, schema, table)
     result["sample_rows"], result["note"] = sample(connection, schema, table, seconds)
-    return Answer(_shrink(result, max_output))
+    return Answer(shrink(result, max_output))
 
 
 def _index_columns(connection: sqlite3.Connection, schema: str, index: str) -> list[str]:
@@ -530,7 +544,7 @@ def sample(connection: sqlite3.Connection, schema: str, table: str, seconds: flo
     return [json.loads(json_row(row)) for row in rows], ""
 
 
-def _shrink(result: dict[str, Any], max_output: int) -> str:
+def shrink(result: dict[str, Any], max_output: int, elsewhere: str = "pragma_table_xinfo(table, schema)") -> str:
     """A table description as JSON that fits: a table can have 2,000 columns."""
     text = json.dumps(result, ensure_ascii=False)
     total = len(result["columns"])
@@ -541,11 +555,11 @@ def _shrink(result: dict[str, Any], max_output: int) -> str:
         result["sample_rows"] = []
         result["note"] = (
             f"too large for one result, no sample rows, columns 1-{len(result['columns'])} of {total} shown; "
-            "query_database with pragma_table_xinfo(table, schema) and pragma_index_list lists them all"
+            f"query_database with {elsewhere} lists them all"
         )
         text = json.dumps(result, ensure_ascii=False)
     if max_output and len(text) > max_output:
-        raise QueryError(f"the description does not fit into {max_output} characters; query pragma_table_xinfo instead")
+        raise QueryError(f"the description does not fit into {max_output} characters; query {elsewhere} instead")
     return text
 
 
@@ -799,7 +813,7 @@ if __name__ == "__main__" and sys.argv[1:] == [WORKER]:
 import argparse
 import stat
 from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Annotated
 from urllib.parse import quote
@@ -811,10 +825,47 @@ from mcp.server.mcpserver.resources.templates import ResourceSecurity
 from mcp_types import Resource
 from pydantic import BaseModel, Field
 
+POSTGRES = ("postgresql://", "postgres://")
 POOL_SIZE = 4  # statements that run at once: a slow one does not hold up a fast one
 PROGRAM = os.path.abspath(__file__)
 RECYCLE = 3600.0  # seconds until a worker is replaced: nothing that a query leaves behind outlives it
 START_TIME = 10.0  # seconds for a worker to start, on a busy machine; 0.06 are usual
+
+
+class Dialect(NamedTuple):
+    """What the model is told about one kind of database."""
+
+    name: str = "SQLite"
+    schema: str = "main"
+    schemas: str = "Attached file; main is the first"
+    params: str = "List for ? placeholders, object for :name placeholders"
+    reads: str = "SELECT, WITH, VALUES, EXPLAIN, PRAGMA table_info ..."
+    values: str = "Integers beyond 2^53 and infinities come as strings"
+    plan: str = "SCAN reads every row, SEARCH uses an index, TEMP B-TREE sorts"
+
+
+class Backend(Protocol):
+    """What the tools need of a database: `Pool` here for SQLite, `PostgresPool` in db_postgres.py."""
+
+    dialect: Dialect
+
+    async def check(self) -> None:
+        """Raise ConfigError if it cannot be served; called when the server starts."""
+        ...
+
+    def running(self, _: object = None) -> AbstractAsyncContextManager[None]:
+        """The life of a server."""
+        ...
+
+    async def call(self, function: Callable[..., Answer], **arguments: object) -> str:
+        """What an operation, named by its function for SQLite, answers. Raises ToolError."""
+        ...
+
+
+def finish(answer: Answer) -> str:
+    """A result with its trailer."""
+    text, facts, resume = answer
+    return f"{text}\n{trailer(*facts, **resume)}" if facts else text
 
 
 class Worker:
@@ -869,6 +920,10 @@ class Pool:
     workers: set[Worker] = field(default_factory=set[Worker])
     slots: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(POOL_SIZE))
     users: int = 0
+    dialect: Dialect = field(default_factory=Dialect)
+
+    async def check(self) -> None:
+        """Nothing: the files were opened when they were named."""
 
     @asynccontextmanager
     async def running(self, _: object = None) -> AsyncGenerator[None]:
@@ -954,8 +1009,7 @@ class Pool:
             raise ToolError("SQLite crashed on this statement and was restarted; write it in another way") from None
         if "error" in outcome:
             raise ToolError(outcome["error"])
-        end = "\n" + trailer(*outcome["facts"], **outcome["resume"]) if outcome["facts"] else ""
-        return text.decode() + end
+        return finish(Answer(text.decode(), outcome["facts"], outcome["resume"]))
 
 
 # --------------------------------------------------------------------------------------------------------- tools
@@ -1004,12 +1058,7 @@ class TableDescription(BaseModel):
     note: str
 
 
-SQL = Annotated[str, Field(description="One SQLite statement that reads", max_length=MAX_SQL)]
-PARAMS = Annotated[
-    list[Any] | dict[str, Any] | None,
-    Field(description="List for ? placeholders, object for :name placeholders"),
-]
-SCHEMA = Annotated[str, Field(description="Attached file; main is the first", max_length=200)]
+Params = list[Any] | dict[str, Any] | None
 TABLE = Annotated[str, Field(description="Name of a table or view", max_length=1000)]
 OFFSET = Annotated[int, Field(description="Skip so many: what a cut result said", ge=0, strict=True)]
 NAME = ResourceSecurity(exempt_params={"schema", "table"})  # names of tables, whatever they look like, are no paths
@@ -1018,7 +1067,7 @@ NAME = ResourceSecurity(exempt_params={"schema", "table"})  # names of tables, w
 class DatabaseServer(Server):
     """Lists the tables there are just now as resources."""
 
-    def __init__(self, pool: Pool, instructions: str, options: Options) -> None:
+    def __init__(self, pool: Backend, instructions: str, options: Options) -> None:
         super().__init__("db-server", instructions, options, lifespan=pool.running)
         self.pool = pool
 
@@ -1039,41 +1088,62 @@ class DatabaseServer(Server):
         ]
 
 
-def build_server(
-    files: Sequence[str | Path],
-    *,
-    timeout: float = TIMEOUT,
-    options: Options = Options(),  # noqa: B008 -- frozen
-) -> DatabaseServer:
-    """A server for the named SQLite files. Raises ConfigError when one cannot be served."""
+def open_backend(files: Sequence[str | Path], timeout: float, allow_superuser: bool) -> tuple[Backend, str]:
+    """The database that the command line names, and what to call it. Raises ConfigError when it cannot be served."""
+    if any(str(file).startswith(POSTGRES) for file in files):
+        if len(files) > 1:
+            raise ConfigError("a PostgreSQL database is served alone; start another server for the others")
+        # Run as a script, this module is __main__; imported under its name again, it would be loaded a second time.
+        sys.modules.setdefault("db_server", sys.modules[__name__])
+        from db_postgres import PostgresPool
+
+        return PostgresPool(str(files[0]), timeout, allow_superuser), "one database"
     if not 1 <= len(files) <= MAX_FILES:
         raise ConfigError(f"{len(files)} files are named; SQLite serves at least 1 and at most {MAX_FILES} together")
     paths = [check_file(file) for file in files]
     schemas = name_schemas(paths)
-    pool = Pool(paths, schemas, timeout)
     named = zip(files, schemas[-len(files) :], strict=True)
-    names = ", ".join(f"{Path(file).name} as {schema}" for file, (schema, _) in named)
-    instructions = f"Read-only SQL (SQLite) on {names}. Begin with list_tables and describe_table."
+    return Pool(paths, schemas, timeout), ", ".join(f"{Path(file).name} as {schema}" for file, (schema, _) in named)
+
+
+def build_server(
+    files: Sequence[str | Path],
+    *,
+    timeout: float = TIMEOUT,
+    allow_superuser: bool = False,
+    options: Options = Options(),  # noqa: B008 -- frozen
+) -> DatabaseServer:
+    """A server for the named SQLite files, or one postgresql:// URL. Raises ConfigError when one cannot be served."""
+    pool, names = open_backend(files, timeout, allow_superuser)
+    dialect = pool.dialect
+    instructions = f"Read-only SQL ({dialect.name}) on {names}. Begin with list_tables and describe_table."
     server = DatabaseServer(pool, instructions, options)
     server.health = in_thread_of_its_own(lambda: [check_file(path) for path in paths])
     cut = options.max_output
 
-    @server.tool(annotations=READ_ONLY, structured_output=False)
+    sql = Field(description=f"One {dialect.name} statement that reads", max_length=MAX_SQL)
+    values = Field(description=dialect.params)
+    where = Field(description=dialect.schemas, max_length=200)
+
+    @server.tool(
+        annotations=READ_ONLY,
+        structured_output=False,
+        description=f"Run one SQL statement that reads ({dialect.reads}) and return JSON: columns, rows, row_count,"
+        f" truncated. A cut result ends with a line that says how to continue. {dialect.values}, blobs as their size,"
+        " cells over 10,000 characters cut, with their length. A statement is stopped after some seconds"
+        " (5 by default): filter and aggregate in SQL.",
+    )
     async def query_database(
-        query: SQL,
-        params: PARAMS = None,
+        query: Annotated[str, sql],
+        params: Annotated[Params, values] = None,
         limit: Annotated[int, Field(description="Rows at most", ge=1, le=MAX_ROWS, strict=True)] = 100,
         offset: OFFSET = 0,
     ) -> str:
-        """Run one SQL statement that reads (SELECT, WITH, VALUES, EXPLAIN, PRAGMA table_info ...) and return JSON:
-        columns, rows, row_count, truncated. A cut result ends with a line that says how to continue. Integers beyond
-        2^53 and infinities come as strings, blobs as their size, cells over 10,000 characters cut, with their length.
-        A statement is stopped after some seconds (5 by default): filter and aggregate in SQL."""
         return await pool.call(run_query, sql=query, params=params, limit=limit, offset=offset, max_output=cut)
 
     @server.tool(annotations=READ_ONLY, structured_output=False)
     async def list_tables(
-        schema: SCHEMA = "main",
+        schema: Annotated[str, where] = dialect.schema,
         pattern: Annotated[str, Field(description="Glob for the names, such as order*", max_length=200)] = "*",
         offset: OFFSET = 0,
     ) -> str:
@@ -1082,17 +1152,20 @@ def build_server(
         return await pool.call(tables, schema=schema, pattern=pattern, offset=offset, max_output=cut)
 
     @server.tool(annotations=READ_ONLY)
-    async def describe_table(table: TABLE, schema: SCHEMA = "main") -> TableDescription:
+    async def describe_table(table: TABLE, schema: Annotated[str, where] = dialect.schema) -> TableDescription:
         """Describe a table or view: columns with type, nullability and default, primary key, indexes, foreign keys,
         and three sample rows. Call it before writing a query."""
         seconds = min(SAMPLE_TIME, timeout / 4)
         found = await pool.call(describe, schema=schema, table=table, seconds=seconds, max_output=cut)
         return TableDescription.model_validate_json(found)
 
-    @server.tool(annotations=READ_ONLY, structured_output=False)
-    async def explain_query(query: SQL, params: PARAMS = None) -> str:
-        """Show the plan of a statement without running it, one step a line: SCAN reads every row, SEARCH uses an
-        index, TEMP B-TREE sorts. Use it when a query is slow."""
+    @server.tool(
+        annotations=READ_ONLY,
+        structured_output=False,
+        description="Show the plan of a statement without running it, one step a line:"
+        f" {dialect.plan}. Use it when a query is slow.",
+    )
+    async def explain_query(query: Annotated[str, sql], params: Annotated[Params, values] = None) -> str:
         return await pool.call(explain, sql=query, params=params, max_output=cut)
 
     @server.resource("schema://{schema}/{table}", mime_type="application/sql", security=NAME)
@@ -1153,14 +1226,39 @@ def _seconds(text: str) -> float:
     raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from 0.1 to 25")
 
 
+def build(args: argparse.Namespace, options: Options) -> DatabaseServer:
+    """The server that the command line asks for; without a name on it, DATABASE_URL says which database."""
+    url = os.environ.get("DATABASE_URL", "")
+    if not args.files and not url:
+        raise ConfigError("name SQLite files or a postgresql:// URL, or set DATABASE_URL")
+    if not args.files and not url.startswith(POSTGRES):
+        raise ConfigError("DATABASE_URL does not begin with postgresql://; set another one, or name SQLite files")
+    for place, word in enumerate(sys.argv):  # what is printed for a client's configuration must hold no password
+        if word.startswith(POSTGRES):
+            sys.argv[place] = "postgresql://USER:PASSWORD@HOST/DATABASE"
+    files: list[str] = args.files or [url]
+    server = build_server(files, timeout=args.timeout, allow_superuser=args.allow_superuser, options=options)
+    asyncio.run(server.pool.check())
+    return server
+
+
 def main() -> None:
-    """The command line: `db_server.py FILE.db [FILE.db ...]`."""
-    parser = argument_parser("db-server", "Serve SQLite files to MCP clients, read-only.")
-    parser.add_argument("files", nargs="+", metavar="FILE.db", help="SQLite files; several become schemas")
+    """The command line: `db_server.py FILE.db [FILE.db ...]`, or `db_server.py postgresql://...`."""
+    parser = argument_parser("db-server", "Serve SQLite files, or a PostgreSQL database, to MCP clients, read-only.")
+    parser.add_argument(
+        "files",
+        nargs="*",
+        metavar="FILE.db",
+        help="SQLite files, several become schemas; or one postgresql:// URL (better in DATABASE_URL: others can see"
+        " the command line)",
+    )
     parser.add_argument(
         "--timeout", type=_seconds, default=TIMEOUT, metavar="SECONDS", help="for one statement (default: %(default)s)"
     )
-    serve(parser, lambda args, options: build_server(args.files, timeout=args.timeout, options=options))
+    parser.add_argument(
+        "--allow-superuser", action="store_true", help="serve PostgreSQL to a role that can do more than read"
+    )
+    serve(parser, build)
 
 
 if __name__ == "__main__":

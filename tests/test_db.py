@@ -1109,7 +1109,7 @@ def test_a_cancel_message_ends_the_worker_at_once(stdio: Callable[..., Stdio], f
         (["{file}", "--timeout", "0"], "is not a number of seconds"),
         (["{file}", "--timeout", "nan"], "is not a number of seconds"),
         (["{file}", "--writable"], "unrecognized arguments"),
-        ([], "required"),
+        ([], "DATABASE_URL"),
     ],
 )
 def test_a_wrong_start_is_one_line_and_exit_code_2(file: Path, arguments: list[str], message: str) -> None:
