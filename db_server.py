@@ -1118,7 +1118,10 @@ def build_server(
     dialect = pool.dialect
     instructions = f"Read-only SQL ({dialect.name}) on {names}. Begin with list_tables and describe_table."
     server = DatabaseServer(pool, instructions, options)
-    server.health = in_thread_of_its_own(lambda: [check_file(path) for path in paths])
+    server.health = pool.check
+    if isinstance(pool, Pool):
+        paths = pool.paths
+        server.health = in_thread_of_its_own(lambda: [check_file(path) for path in paths])
     cut = options.max_output
 
     sql = Field(description=f"One {dialect.name} statement that reads", max_length=MAX_SQL)
