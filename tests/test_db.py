@@ -23,7 +23,7 @@ from mcp import Client, MCPError
 from mcp_types import TextResourceContents
 
 import db_server
-from db_server import build_server
+from db_server import DatabaseServer, Pool, build_server
 
 pytestmark = pytest.mark.anyio
 
@@ -510,7 +510,7 @@ async def test_a_cancelled_call_stops_its_sql(file: Path, runaway: str) -> None:
     server = build_server([file], timeout=20)
     async with Client(server) as client:
         await rows(client, "SELECT 1")
-        (worker,) = server.pool.workers
+        (worker,) = pool_of(server).workers
         with anyio.move_on_after(0.3):
             await client.call_tool("query_database", {"query": RUNAWAYS[runaway][0]})
         with anyio.fail_after(5):
@@ -523,6 +523,11 @@ async def test_an_interrupt_never_hits_the_next_query(hasty: Client) -> None:
         assert (await refused(hasty, "query_database", query=RUNAWAYS["endless CTE"][0])).startswith(STOPPED)
         for number in range(20):
             assert await rows(hasty, f"SELECT {number}, count(*) FROM customers") == [[number, 3]]
+
+
+def pool_of(server: DatabaseServer) -> Pool:
+    assert isinstance(server.pool, Pool)
+    return server.pool
 
 
 def peak_memory(pid: int) -> int:
@@ -539,7 +544,7 @@ async def test_the_workers_memory_is_bounded(file: Path) -> None:
         await client.call_tool(
             "query_database", {"query": f"{ENDLESS} SELECT hex(zeroblob(5000)) FROM c", "limit": 10**6}
         )
-        for worker in server.pool.workers:
+        for worker in pool_of(server).workers:
             if worker.process.returncode is None:
                 assert peak_memory(worker.process.pid) < db_server.MAX_PROCESS
 
@@ -555,7 +560,7 @@ async def test_a_worker_that_dies_is_replaced(file: Path) -> None:
     server = build_server([file])
     async with Client(server) as client:
         await rows(client, "SELECT 1")
-        (worker,) = server.pool.workers
+        (worker,) = pool_of(server).workers
         worker.process.kill()
         await worker.process.wait()
         assert await rows(client, "SELECT 1") == [[1]]
@@ -565,22 +570,22 @@ async def test_a_worker_that_ran_out_of_memory_is_replaced(file: Path) -> None:
     server = build_server([file])
     async with Client(server) as client:
         await rows(client, "SELECT 1")
-        (first,) = server.pool.workers
+        (first,) = pool_of(server).workers
         assert (await refused(client, "query_database", query=RUNAWAYS["a blob"][0])).startswith(MEMORY)
         assert await rows(client, "SELECT 1") == [[1]]
-        assert first not in server.pool.idle
+        assert first not in pool_of(server).idle
 
 
 async def test_an_old_worker_is_replaced(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     server = build_server([file])
     async with Client(server) as client:
         await rows(client, "SELECT 1")
-        (first,) = server.pool.workers
+        (first,) = pool_of(server).workers
         await rows(client, "SELECT 1")
-        assert server.pool.workers == {first}
+        assert pool_of(server).workers == {first}
         monkeypatch.setattr(db_server, "RECYCLE", 0.0)
         await rows(client, "SELECT 1")
-        assert first not in server.pool.idle
+        assert first not in pool_of(server).idle
 
 
 async def test_a_server_may_be_used_by_several_clients_and_again(file: Path) -> None:

@@ -586,7 +586,7 @@ def test_ten_million_rows_take_milliseconds_and_no_memory(database: Database, st
         text = server.text("query_database", query="SELECT * FROM big", limit=100)
         seconds = time.monotonic() - started
         assert text.endswith("[rows 1-100 shown; continue with offset=100]")
-        assert seconds < 1  # measured: 3 ms
+        assert seconds < 1  # reading the table takes far longer
         assert len(parsed(server.text("query_database", query="SELECT * FROM big", limit=1_000_000))["rows"]) > 2_000
         assert server.memory() - before < 20_000_000
     finally:
@@ -877,11 +877,8 @@ async def test_the_create_statements_make_the_same_tables_again(client: Client, 
 
 
 async def test_explain_shows_the_plan_and_runs_nothing(client: Client) -> None:
-    assert (
-        "Index Scan using customers_pkey"
-        in await ok(client, "explain_query", query="SELECT * FROM customers WHERE id = $1", params=[1])
-        or True
-    )
+    plan = await ok(client, "explain_query", query="SELECT * FROM customers WHERE id = $1", params=[1])
+    assert "customers" in plan
     plan = await ok(client, "explain_query", query="SELECT pg_sleep(60), n FROM numbers ORDER BY n")
     assert "Seq Scan on numbers" in plan
     await refused(client, "explain_query", query="DELETE FROM orders")
