@@ -745,7 +745,9 @@ RETRY_DATE = format_datetime(datetime.now(UTC) + timedelta(days=2), usegmt=True)
 
 @pytest.mark.parametrize("status", [429, 503])
 @pytest.mark.parametrize(
-    ("retry_after", "advice"), [("120", "try again in 120 s"), (RETRY_DATE, "try again in 17"), ("999999999", "try")]
+    ("retry_after", "advice"),
+    [("120", "try again in 120 s"), (RETRY_DATE, "try again in 17"), ("999999999", "try")],
+    ids=["seconds", "date", "for ever"],
 )
 async def test_a_long_retry_after_is_an_error_with_the_seconds(
     tmp_path: Path, status: int, retry_after: str, advice: str
