@@ -401,7 +401,7 @@ class Work:
         return self.cancelled or time.monotonic() > self.deadline
 
 
-WALKERS = anyio.CapacityLimiter(4)  # walks at a time: many slow ones must leave threads and processor to quick calls
+WALKERS = anyio.CapacityLimiter(3)  # walks at a time: more only wait for each other, and quick calls wait for them
 REGEX_WALKERS = anyio.CapacityLimiter(1)  # the regex engine holds the interpreter's lock: two would starve the others
 
 
