@@ -1,6 +1,6 @@
 """Measure our servers next to a bare SDK server, the best known peers, and the plain tools, in one run.
 
-    python benchmarks/bench.py            the whole run (about five minutes); writes benchmarks/RESULTS.md
+    python benchmarks/bench.py            the whole run (about three minutes); writes benchmarks/RESULTS.md
     python benchmarks/bench.py --quick    a look: fewer repetitions, prints only
 
 The client writes JSON lines to a server's stdin and reads its stdout; no SDK is in it. Figures of different machines do
