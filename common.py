@@ -663,7 +663,7 @@ class Server(MCPServer[Any]):
         super().__init__(name, instructions=instructions, version=__version__, log_level="WARNING", lifespan=lifespan)
         self.options = options
         self._redact = redact
-        self._tools: list[Tool] = []
+        self._tools: dict[str, Tool] = {}  # as they are listed; made at the first need
         self.health = health
         self._buckets: dict[str, TokenBucket] = {}  # one for each caller
         self._audit_fd: int | None = None
@@ -690,10 +690,9 @@ class Server(MCPServer[Any]):
                 output: dict[str, Any] | None = _slim(tool.output_schema)
                 if output:
                     output.pop("description", None)  # the result model's docstring
-                self._tools.append(
-                    tool.model_copy(update={"input_schema": _slim(tool.input_schema), "output_schema": output})
-                )
-        return self._tools
+                slim = {"input_schema": _slim(tool.input_schema), "output_schema": output}
+                self._tools[tool.name] = tool.model_copy(update=slim)
+        return list(self._tools.values())
 
     async def call_tool(
         self, name: str, arguments: dict[str, Any], context: Context[Any, Any] | None = None
@@ -724,11 +723,11 @@ class Server(MCPServer[Any]):
             self._audit(name, arguments, outcome, time.perf_counter() - started, size, facts)
 
     async def _refuse_bad_call(self, name: str, arguments: dict[str, Any]) -> None:
-        tools = {tool.name: tool for tool in await self.list_tools()}
-        if name not in tools:
-            raise ToolError(f"unknown tool: {name}; this server has {', '.join(tools)}")
+        await self.list_tools()
+        if name not in self._tools:
+            raise ToolError(f"unknown tool: {name}; this server has {', '.join(self._tools)}")
         # The SDK drops a misspelt argument without a word, and the model believes that it had an effect.
-        valid = tools[name].input_schema.get("properties", {})
+        valid = self._tools[name].input_schema.get("properties", {})
         for argument in arguments:
             if argument not in valid:
                 takes = ", ".join(valid) or "no arguments"
@@ -737,7 +736,10 @@ class Server(MCPServer[Any]):
             return
         calls, seconds = self.options.rate_limit
         # One caller who uses up the limit must not lock out the others.
-        bucket = self._buckets.setdefault(caller() or "", TokenBucket(calls, calls / seconds))
+        who = caller() or ""
+        if who not in self._buckets:
+            self._buckets[who] = TokenBucket(calls, calls / seconds)
+        bucket = self._buckets[who]
         if wait := bucket.try_acquire():
             raise ToolError(
                 f"rate limit reached: {bucket.capacity:g} calls at once, {bucket.refill_rate:g} a second; "
@@ -770,7 +772,12 @@ class Server(MCPServer[Any]):
 
     def _clean_text(self, text: str) -> str:
         """Text that may leave: secrets masked, and no lone surrogate, which would end the SDK's writer."""
-        return self._redact(text).encode("utf-8", "backslashreplace").decode()
+        text = self._redact(text)
+        try:
+            text.encode()  # hardly any text needs escaping, and decoding a large one again takes as long as this
+        except UnicodeEncodeError:
+            return text.encode("utf-8", "backslashreplace").decode()
+        return text
 
     def _clean(self, result: CallToolResult) -> int:
         """Make a result fit to be sent; returns its size in bytes."""
@@ -780,14 +787,12 @@ class Server(MCPServer[Any]):
             text = self._clean_text(text)
             result.structured_content = json.loads(text)
             result.content = [TextContent(type="text", text=text)]
+            return len(text.encode())
         size = 0
         for block in result.content:
             if isinstance(block, TextContent):
-                block.text = self._redact(block.text)
-                try:
-                    size += len(block.text.encode())
-                except UnicodeEncodeError:
-                    block.text = self._clean_text(block.text)
+                block.text = self._clean_text(block.text)
+                size += len(block.text.encode())
         return size
 
     def _audit(

@@ -405,11 +405,13 @@ WALKERS = anyio.CapacityLimiter(3)  # walks at a time: more only wait for each o
 REGEX_WALKERS = anyio.CapacityLimiter(1)  # the regex engine holds the interpreter's lock: two would starve the others
 
 
-async def in_thread(function: Callable[[Work], T]) -> T:
+async def in_thread(
+    function: Callable[[Work], T], work: Work | None = None, limiter: anyio.CapacityLimiter | None = None
+) -> T:
     """Run `function` in a worker thread, so that no disk makes another call wait; a cancelled call ends it."""
-    work = Work()
+    work = work or Work()
     try:
-        return await anyio.to_thread.run_sync(function, work, abandon_on_cancel=True)
+        return await anyio.to_thread.run_sync(function, work, abandon_on_cancel=True, limiter=limiter)
     finally:
         work.cancelled = True
 
@@ -437,9 +439,8 @@ async def walk_in_thread(
 
     reporter = asyncio.create_task(report_often())
     try:
-        result = await anyio.to_thread.run_sync(function, work, abandon_on_cancel=True, limiter=limiter)
+        result = await in_thread(function, work, limiter)
     finally:
-        work.cancelled = True
         reporter.cancel()
     await report()
     return result
