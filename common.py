@@ -30,7 +30,7 @@ import sys
 import time
 import weakref
 from collections.abc import Awaitable, Callable, Generator, Iterable, Mapping, Sequence, Sized
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -44,7 +44,9 @@ from mcp.server import MCPServer
 from mcp.server.mcpserver import Context
 from mcp.server.mcpserver.exceptions import ToolError, UnexpectedToolError
 from mcp.server.stdio import stdio_server
+from mcp.shared.message import SessionMessage
 from mcp_types import CallToolResult, TextContent, Tool, ToolAnnotations
+from mcp_types.jsonrpc import jsonrpc_message_adapter
 from pydantic import ValidationError
 
 gc.freeze()
@@ -661,6 +663,8 @@ class Server(MCPServer[Any]):
     ) -> None:
         # At the SDK's default, INFO, every refused call would add a line to the client's log file.
         super().__init__(name, instructions=instructions, version=__version__, log_level="WARNING", lifespan=lifespan)
+        if "opentelemetry.sdk" not in sys.modules:  # spans that nobody collects would be a tenth of a small call
+            self.middleware[:] = [m for m in self.middleware if type(m).__name__ != "OpenTelemetryMiddleware"]
         self.options = options
         self._redact = redact
         self._tools: dict[str, Tool] = {}  # as they are listed; made at the first need
@@ -704,7 +708,7 @@ class Server(MCPServer[Any]):
         _audit_facts.set(facts)  # worker threads see the same dict
         try:
             await self._refuse_bad_call(name, arguments)
-            with anyio.fail_after(TIME_LIMIT):
+            async with asyncio.timeout(TIME_LIMIT):
                 result = cast("CallToolResult", await super().call_tool(name, arguments, context))
             size = self._clean(result)
             outcome = "error" if result.is_error else "ok"
@@ -1156,59 +1160,68 @@ def serve(parser: argparse.ArgumentParser, build: Callable[[argparse.Namespace, 
         anyio.run(_serve_stdio, server)
 
 
-class _PipeLines:
-    """The two ends of stdio as `stdio_server` wants them: lines to iterate over, and something to write and flush."""
+class _Pipes:
+    """Stdin and stdout as the two message streams that a server is run over, both in one object.
+
+    Served on the event loop itself. The SDK's transport moves every line through worker threads, and every message
+    through two more queues: that is more than half of what a small call costs.
+    """
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader = reader
         self._writer = writer
 
-    def __aiter__(self) -> "_PipeLines":
-        return self
+    @classmethod
+    async def open(cls) -> "_Pipes | None":
+        """None where the event loop cannot wait for them (a file, a terminal, Windows): the SDK's has to do."""
+        ends = [os.fstat(0), os.fstat(1)]
+        if sys.platform == "win32" or not all(stat.S_ISFIFO(end.st_mode) or stat.S_ISSOCK(end.st_mode) for end in ends):
+            return None
+        if os.path.samestat(*ends):  # one socket for both ways: asyncio would take what comes in for a hang-up
+            return None
+        # The protocol moves to descriptors of its own, so that a stray print, or a child process, cannot write into it.
+        stdin, stdout = os.fdopen(os.dup(0), "rb", buffering=0), os.fdopen(os.dup(1), "wb", buffering=0)
+        null = os.open(os.devnull, os.O_RDONLY)
+        os.dup2(null, 0)
+        os.close(null)
+        os.dup2(2, 1)
+        loop = asyncio.get_running_loop()
+        reader = asyncio.StreamReader(limit=MAX_MESSAGE)
+        await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), stdin)
+        sink, protocol = await loop.connect_write_pipe(asyncio.streams.FlowControlMixin, stdout)
+        sink.set_write_buffer_limits(high=0)  # drain returns when all is written, not when the rest is small
+        return cls(reader, asyncio.StreamWriter(sink, protocol, None, loop))
 
-    async def __anext__(self) -> bytes:
-        try:
-            line = await self._reader.readline()
-        except ValueError:  # longer than MAX_MESSAGE: answered like any other line that is no message
-            return b"too long"
-        if not line:
-            raise StopAsyncIteration
-        return line
-
-    async def write(self, text: str) -> None:
-        self._writer.write(text.encode())
-
-    async def flush(self) -> None:
+    async def send(self, message: SessionMessage) -> None:
+        self._writer.write(message.message.model_dump_json(by_alias=True, exclude_unset=True).encode() + b"\n")
         with suppress(ConnectionError):  # the client has gone; the end of stdin will say so
             await self._writer.drain()
 
+    def __aiter__(self) -> "_Pipes":
+        return self
 
-async def _open_pipes() -> _PipeLines | None:
-    """Serve stdin and stdout on the event loop, in place of the SDK's transport, which moves every line through worker
-    threads: that is more than half of what a small call costs. None where the loop cannot (a file, a terminal,
-    Windows), so that the SDK's is used."""
-    ends = [os.fstat(0), os.fstat(1)]
-    if sys.platform == "win32" or not all(stat.S_ISFIFO(end.st_mode) or stat.S_ISSOCK(end.st_mode) for end in ends):
-        return None
-    if os.path.samestat(*ends):  # one socket for both ways: asyncio would take what comes in for a hang-up
-        return None
-    # The protocol moves to descriptors of its own, so that a stray print, or a child process, cannot write into it.
-    stdin, stdout = os.fdopen(os.dup(0), "rb", buffering=0), os.fdopen(os.dup(1), "wb", buffering=0)
-    null = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(null, 0)
-    os.close(null)
-    os.dup2(2, 1)
-    loop = asyncio.get_running_loop()
-    reader = asyncio.StreamReader(limit=MAX_MESSAGE)
-    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), stdin)
-    sink, protocol = await loop.connect_write_pipe(asyncio.streams.FlowControlMixin, stdout)
-    sink.set_write_buffer_limits(high=0)  # flush returns when all is written, not when the rest is small
-    return _PipeLines(reader, asyncio.StreamWriter(sink, protocol, None, loop))
+    async def __anext__(self) -> SessionMessage | Exception:
+        try:
+            line = await self._reader.readline()
+            if line:
+                return SessionMessage(jsonrpc_message_adapter.validate_json(line, by_name=False))
+        except ValueError as exc:  # no message of the protocol, or longer than MAX_MESSAGE
+            return exc
+        raise StopAsyncIteration
+
+    async def __aenter__(self) -> "_Pipes":
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        pass
+
+    async def aclose(self) -> None:
+        pass
 
 
 async def _serve_stdio(server: Server) -> None:
-    pipes: Any = await _open_pipes()
-    async with stdio_server(pipes, pipes) as (received, to_send):
+    pipes: Any = await _Pipes.open()
+    async with nullcontext((pipes, pipes)) if pipes else stdio_server() as (received, to_send):
         await server.serve_streams(received, to_send)
     # The client has gone. A worker thread that is stuck in a system call must not keep the process alive.
     sys.stderr.flush()
