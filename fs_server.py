@@ -30,7 +30,9 @@ import time
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
+from contextvars import copy_context
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
@@ -39,7 +41,6 @@ from typing import Annotated, Any, BinaryIO, TypeVar
 from urllib.parse import quote
 
 import anyio
-import anyio.to_thread
 from common import (
     READ_ONLY,
     ConfigError,
@@ -401,17 +402,24 @@ class Work:
         return self.cancelled or time.monotonic() > self.deadline
 
 
+QUICK = 0.001  # seconds: nearly all disks answer sooner than the event loop could do something else in the meantime
+THREADS = ThreadPoolExecutor(500, "fs")  # they are made at need; a disk that hangs must not use them all up
 WALKERS = anyio.CapacityLimiter(3)  # walks at a time: more only wait for each other, and quick calls wait for them
 REGEX_WALKERS = anyio.CapacityLimiter(1)  # the regex engine holds the interpreter's lock: two would starve the others
 
 
-async def in_thread(
-    function: Callable[[Work], T], work: Work | None = None, limiter: anyio.CapacityLimiter | None = None
-) -> T:
-    """Run `function` in a worker thread, so that no disk makes another call wait; a cancelled call ends it."""
+async def in_thread(function: Callable[[Work], T], work: Work | None = None) -> T:
+    """Run `function` in a worker thread, so that no disk makes another call wait; a cancelled call ends it.
+
+    The event loop itself stands still for the first QUICK seconds: to sleep and be woken by a thread takes it three
+    times as long as the thread takes to read a small file.
+    """
     work = work or Work()
+    future = THREADS.submit(copy_context().run, function, work)
     try:
-        return await anyio.to_thread.run_sync(function, work, abandon_on_cancel=True, limiter=limiter)
+        with suppress(TimeoutError):
+            return future.result(QUICK)
+        return await asyncio.wrap_future(future)
     finally:
         work.cancelled = True
 
@@ -439,7 +447,8 @@ async def walk_in_thread(
 
     reporter = asyncio.create_task(report_often())
     try:
-        result = await in_thread(function, work, limiter)
+        async with limiter:
+            result = await in_thread(function, work)
     finally:
         reporter.cancel()
     await report()
