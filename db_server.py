@@ -25,12 +25,14 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, NamedTuple, Protocol
 
 import aiosqlite
+from pydantic_core import to_json
 
 # -------------------------------------------------------------------------------------------------------- limits
 
@@ -246,6 +248,32 @@ def json_row(row: Iterable[Any]) -> str:
     return "[" + ",".join([RENDER[type(value)](value) for value in row]) + "]"
 
 
+PLAIN = frozenset({str, int, float, type(None)})
+BATCH = 64  # rows fetched at once: as many large blobs still fit into a worker's memory
+
+
+def is_plain(column: Sequence[Any]) -> bool:
+    """Whether the cells are all JSON as they are; infinities are not, but the encoder knows them."""
+    kinds = set(map(type, column))
+    if int in kinds and not all(-SAFE_INTEGER <= cell <= SAFE_INTEGER for cell in column if type(cell) is int):
+        return False
+    return kinds <= PLAIN
+
+
+def json_rows(rows: Iterable[tuple[Any, ...]], room: int) -> Iterator[tuple[tuple[Any, ...], str]]:
+    """Each row, and the same as a JSON list. Rows are looked at by the column, and plain ones are encoded by pydantic's
+    Rust: both are several times as fast as Python is with one cell after the other."""
+    rows, size = iter(rows), 1
+    while batch := list(islice(rows, size)):
+        plain, line = all(map(is_plain, zip(*batch, strict=True))), ""
+        for row in batch:
+            line = to_json(row, inf_nan_mode="strings").decode() if plain else json_row(row)
+            room -= len(line)
+            yield row, line
+        # Not many more than there is room for: a row may take its time, and be for nothing.
+        size = max(1, min(2 * size, BATCH, room // len(line)))
+
+
 def squeeze(row: tuple[Any, ...], room: int) -> tuple[Any, ...]:
     """A row that does not fit, with its texts cut until it does: each cell gets its share."""
     for divisor in (2, 8, 32):  # the share is in characters; escaped, one can take six
@@ -271,11 +299,10 @@ def read_rows(
     lines: list[str] = []
     used = cut = 0
     more = False
-    for row in rows:
+    for row, line in json_rows(islice(rows, limit + 1), room):
         if len(lines) == limit:
             more = True
             break
-        line = json_row(row)
         used += len(line) + 2
         if used > room:
             if lines:
