@@ -649,6 +649,28 @@ async def test_every_value_survives_json(shared: Client, sql: str, expected: Any
     assert await rows(shared, f"SELECT {sql}") == [[expected]]
 
 
+@pytest.mark.parametrize(("sql", "expected"), VALUES, ids=[sql for sql, _ in VALUES])
+async def test_a_value_survives_among_many_rows(shared: Client, sql: str, expected: Any) -> None:
+    found = await rows(shared, f"{COUNT.format(300)} SELECT n, CASE n WHEN 200 THEN {sql} ELSE 7 END FROM c", limit=300)
+    assert found == [[n, expected if n == 200 else 7] for n in range(1, 301)]
+
+
+FOREVER = f"({ENDLESS} SELECT count(*) FROM c)"
+
+
+async def test_rows_beyond_the_limit_are_not_computed(shared: Client) -> None:
+    sql = f"{COUNT.format(100)} SELECT n, CASE WHEN n > 52 THEN {FOREVER} END FROM c"  # sqlite3 looks one row ahead
+    assert len(await rows(shared, sql, limit=50)) == 50
+    assert (await refused(shared, "query_database", query=sql, limit=60)).startswith("the statement was stopped")
+
+
+async def test_hardly_more_rows_are_computed_than_fit(file: Path) -> None:
+    sql = f"{COUNT.format(1000)} SELECT hex(zeroblob(50)), CASE WHEN n > 25 THEN {FOREVER} END FROM c"
+    async with Client(build_server([file], options=Options(max_output=2_000))) as client:
+        text = await ok(client, "query_database", query=sql, limit=1000)
+        assert parsed(text)["row_count"] > 10
+
+
 async def test_duplicate_column_names_survive(client: Client) -> None:
     result = parsed(
         await ok(client, "query_database", query="SELECT 1 AS a, 2 AS a, c.id, o.id FROM customers c, orders o")
