@@ -404,7 +404,7 @@ class Work:
 
 QUICK = 0.001  # seconds: nearly all disks answer sooner than the event loop could do something else in the meantime
 THREADS = ThreadPoolExecutor(500, "fs")  # they are made at need; a disk that hangs must not use them all up
-WALKERS = anyio.CapacityLimiter(3)  # walks at a time: more only wait for each other, and quick calls wait for them
+WALKERS = anyio.CapacityLimiter(2)  # walks at a time: three, passing the interpreter's lock around, take twice as long
 REGEX_WALKERS = anyio.CapacityLimiter(1)  # the regex engine holds the interpreter's lock: two would starve the others
 
 
@@ -748,7 +748,8 @@ class Text:
         if self.work.over():
             raise ToolError(f"{self.shown} is too large to scan in {WALK_LIMIT:g} s; use tail, or a smaller offset")
         self.source.seek(position)
-        return self.source.read(count) or b""
+        # The space for `count` bytes would be set aside first: for a small file, 10 MB take longer than reading it.
+        return self.source.read(max(0, min(count, self.size - position))) or b""
 
     def decode(self, data: bytes, position: int, *, final: bool) -> str:
         """Bytes as text, never with replacement characters. Raises ToolError that names the byte and a way out."""
