@@ -718,8 +718,7 @@ class Server(MCPServer[Any]):
             raise ToolError(f"{name} did not finish within {TIME_LIMIT:g} s; ask for less, or for a part") from None
         except ToolError as exc:
             outcome = "error"
-            message = self._clean_text(self._sentence(name, exc))
-            size = len(message.encode())
+            message, size = self._clean_text(self._sentence(name, exc))
             raise (UnexpectedToolError if isinstance(exc, UnexpectedToolError) else ToolError)(message) from (
                 exc.__cause__ if isinstance(exc, UnexpectedToolError) else None
             )
@@ -774,29 +773,31 @@ class Server(MCPServer[Any]):
 
         self._redact = redact_more
 
-    def _clean_text(self, text: str) -> str:
-        """Text that may leave: secrets masked, and no lone surrogate, which would end the SDK's writer."""
+    def _clean_text(self, text: str) -> tuple[str, int]:
+        """Text that may leave: secrets masked, and no lone surrogate, which cannot be sent; and its size in bytes."""
         text = self._redact(text)
+        if text.isascii():  # known at once, while encoding a large text takes as long as reading it
+            return text, len(text)
         try:
-            text.encode()  # hardly any text needs escaping, and decoding a large one again takes as long as this
+            return text, len(text.encode())
         except UnicodeEncodeError:
-            return text.encode("utf-8", "backslashreplace").decode()
-        return text
+            data = text.encode("utf-8", "backslashreplace")
+            return data.decode(), len(data)
 
     def _clean(self, result: CallToolResult) -> int:
         """Make a result fit to be sent; returns its size in bytes."""
+        size = 0
         if result.structured_content is not None:
             # The SDK's text copy of a structured result is indented JSON: half of it is white space.
             text = json.dumps(result.structured_content, ensure_ascii=False, separators=(",", ":"))
-            text = self._clean_text(text)
+            text, size = self._clean_text(text)
             result.structured_content = json.loads(text)
             result.content = [TextContent(type="text", text=text)]
-            return len(text.encode())
-        size = 0
+            return size
         for block in result.content:
             if isinstance(block, TextContent):
-                block.text = self._clean_text(block.text)
-                size += len(block.text.encode())
+                block.text, length = self._clean_text(block.text)
+                size += length
         return size
 
     def _audit(
@@ -1193,7 +1194,8 @@ class _Pipes:
         return cls(reader, asyncio.StreamWriter(sink, protocol, None, loop))
 
     async def send(self, message: SessionMessage) -> None:
-        self._writer.write(message.message.model_dump_json(by_alias=True, exclude_unset=True).encode() + b"\n")
+        line = jsonrpc_message_adapter.dump_json(message.message, by_alias=True, exclude_unset=True)
+        self._writer.write(line + b"\n")
         with suppress(ConnectionError):  # the client has gone; the end of stdin will say so
             await self._writer.drain()
 
