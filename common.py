@@ -703,27 +703,27 @@ class Server(MCPServer[Any]):
     ) -> CallToolResult:
         """Run one tool within the time limit. Raises ToolError with one sentence that says what to do next."""
         started = time.perf_counter()
-        outcome, size = "cancelled", 0
-        facts: dict[str, object] = {"token": caller()} if caller() else {}
+        facts: dict[str, object] = {"outcome": "cancelled", "ms": 0.0, "bytes": 0}
+        facts |= {"token": caller()} if caller() else {}
         _audit_facts.set(facts)  # worker threads see the same dict
         try:
             await self._refuse_bad_call(name, arguments)
             async with asyncio.timeout(TIME_LIMIT):
                 result = cast("CallToolResult", await super().call_tool(name, arguments, context))
-            size = self._clean(result)
-            outcome = "error" if result.is_error else "ok"
+            facts |= {"outcome": "error" if result.is_error else "ok", "bytes": self._clean(result)}
             return result
         except TimeoutError:
-            outcome = "timeout"
+            facts["outcome"] = "timeout"
             raise ToolError(f"{name} did not finish within {TIME_LIMIT:g} s; ask for less, or for a part") from None
         except ToolError as exc:
-            outcome = "error"
             message, size = self._clean_text(self._sentence(name, exc))
+            facts |= {"outcome": "error", "bytes": size}
             raise (UnexpectedToolError if isinstance(exc, UnexpectedToolError) else ToolError)(message) from (
                 exc.__cause__ if isinstance(exc, UnexpectedToolError) else None
             )
         finally:
-            self._audit(name, arguments, outcome, time.perf_counter() - started, size, facts)
+            facts["ms"] = round((time.perf_counter() - started) * 1000, 1)
+            self._audit(name, arguments, facts)
 
     async def _refuse_bad_call(self, name: str, arguments: dict[str, Any]) -> None:
         await self.list_tools()
@@ -800,26 +800,11 @@ class Server(MCPServer[Any]):
                 size += length
         return size
 
-    def _audit(
-        self,
-        name: str,
-        arguments: dict[str, Any],
-        outcome: str,
-        seconds: float,
-        size: int,
-        facts: dict[str, object],
-    ) -> None:
+    def _audit(self, name: str, arguments: dict[str, Any], facts: dict[str, object]) -> None:
         if self._audit_fd is None:
             return
-        line = {
-            "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
-            "tool": name,
-            "arguments": _for_audit(arguments),
-            "outcome": outcome,
-            "ms": round(seconds * 1000, 1),
-            "bytes": size,
-            **facts,
-        }
+        now = datetime.now(UTC).isoformat(timespec="milliseconds")
+        line = {"time": now, "tool": name, "arguments": _for_audit(arguments)} | facts
         try:
             os.write(self._audit_fd, self._redact(json.dumps(line)).encode() + b"\n")
         except OSError:
