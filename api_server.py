@@ -17,6 +17,7 @@ import argparse
 import asyncio
 import base64
 import binascii
+import codecs
 import hashlib
 import json
 import logging
@@ -30,7 +31,7 @@ import unicodedata
 import zlib
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -78,8 +79,10 @@ PAGE_TTL = 300.0  # seconds for which the rest of a cut answer that may not be r
 MAX_ERROR_BODY = 64_000  # bytes of an error's body that are read
 MAX_ERROR_TEXT = 800  # characters of it that are shown
 MAX_HEADER_TEXT = 1_000  # characters of one response header that are passed on
+MAX_HEADERS = 10  # response headers that are passed on
 MIN_SECRET = 4  # characters; masking a shorter text would riddle every answer
 MAX_VISITS = 1_000_000  # values one select may look at: about half a second
+MAX_REPEATED = 2 * MAX_BODY  # characters that a select may make out of an answer
 MAX_MATCHES = 15  # operations in one search result: a few hundred tokens
 MAX_SPEC = 64_000_000  # bytes of an OpenAPI file
 SCHEMA_DEPTH, SCHEMA_FIELDS = 6, 250  # of one operation's schemas
@@ -250,11 +253,6 @@ def is_object(value: object) -> TypeGuard[dict[str, Any]]:
     return isinstance(value, dict)
 
 
-def is_structure(value: object) -> bool:
-    """Whether a JSON value is an object or a list."""
-    return isinstance(value, dict | list)
-
-
 def is_list(value: object) -> TypeGuard[list[Any]]:
     """Whether a JSON value is a list."""
     return isinstance(value, list)
@@ -275,9 +273,20 @@ def load_json(text: str) -> Any:
     return json.loads(text, parse_float=number)
 
 
+def is_json(text: str) -> bool:
+    """Whether the text can be parsed."""
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
+
+
 def dump_json(value: Any) -> str:
-    """Compact JSON, characters as they are."""
+    """Compact JSON, characters as they are; a lone surrogate, which cannot be sent, as its escape."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    if not text.isascii():  # escaped here and not when it is sent, so that max_output counts what is sent
+        text = text.encode("utf-8", "backslashreplace").decode()
     return _EXACT_JSON.sub(r"\1", text) if "\\u0000" in text else text
 
 
@@ -417,17 +426,12 @@ def refuse_stage(stage: str) -> None:
             raise ToolError(f"endpoint holds a dot segment ({segment[:20]!r}); {ADVICE}")
 
 
-def require_inside(base: httpx.URL, url: httpx.URL, name: str) -> None:
+def require_inside(base: httpx.URL, url: httpx.URL) -> None:
     """The last check before every request, of the very URL that is sent. Raises ToolError."""
-    if origin(url) != origin(base) or url.userinfo:
-        raise ToolError(
-            f"{name} redirects to another origin, {origin(url)}: nothing was sent there, because its keys belong to "
-            f"{origin(base)}; if you need it, it must be configured as an API of its own"
-        )
     root = base.raw_path.rstrip(b"/")
     path = url.raw_path.partition(b"?")[0]
-    if path != root and not path.startswith(root + b"/"):
-        raise ToolError(f"{name} leads to {path.decode()[:200]}, outside its base path {root.decode()}/; not followed")
+    if origin(url) != origin(base) or url.userinfo or (path != root and not path.startswith(root + b"/")):
+        raise ToolError(f"endpoint leads out of {base}; {ADVICE}")
     refuse_escape(path[len(root) :].decode())
 
 
@@ -489,10 +493,12 @@ def build_call(base: httpx.URL, method: str, endpoint: str, params: Mapping[str,
         raise ToolError(f"endpoint begins or ends with white space; {ADVICE}")
     path, _, query = endpoint.partition("?")
     refuse_escape(path)
-    refuse_controls = re.search(r"[\x00-\x1f\x7f]", unquote(query))
-    if refuse_controls:
+    try:
+        given = parse_qsl(query, keep_blank_values=True, errors="strict")
+    except UnicodeDecodeError:  # read loosely, they would be sent as another character
+        raise ToolError("endpoint's query holds percent-encoded bytes that are not UTF-8; write them as text") from None
+    if re.search(r"[\x00-\x1f\x7f]", unquote(query)):
         raise ToolError("endpoint holds a control character in its query; give such a value in params")
-    given = parse_qsl(query, keep_blank_values=True)
     if twice := {name for name, _ in given} & params.keys():
         raise ToolError(f"{min(twice)[:50]!r} is in the endpoint's query and in params; give it once")
     try:
@@ -507,7 +513,7 @@ def build_call(base: httpx.URL, method: str, endpoint: str, params: Mapping[str,
     if len(text) > MAX_URL:
         raise ToolError(f"the URL would be {len(text):,} characters long; the limit is {MAX_URL:,}; use fewer params")
     url = httpx.URL(text)
-    require_inside(base, url, "endpoint")
+    require_inside(base, url)
     return Call(method, url, content, content_type, hashlib.sha256(key).digest())
 
 
@@ -545,6 +551,8 @@ def parse_base_url(text: str) -> httpx.URL:
         raise ConfigError(f"base_url: {str(exc).lower()}") from None
     if url.scheme not in ("http", "https") or not url.host:
         raise ConfigError("base_url: must begin with http:// or https:// and name a host")
+    if url.port is not None and not 0 < url.port < 65_536:
+        raise ConfigError(f"base_url: {url.port} is no port")
     if url.userinfo or "@" in text.partition("://")[2].partition("/")[0]:
         raise ConfigError("base_url: holds a user or password; put them into a header, from ${A_VARIABLE}")
     if "?" in text or "#" in text:
@@ -675,6 +683,8 @@ def load_config(path: Path, environ: Mapping[str, str]) -> Config:
 
 # ---------------------------------------------------------------------------------------------------------- bodies
 
+# Codecs that are no charsets: punycode would take hours over an answer of 5 MB, and none of them is ever meant.
+NO_CHARSETS = {"punycode", "idna", "unicode-escape", "raw-unicode-escape", "undefined"}
 TEXT_TYPES = re.compile(r"text/|.*(json|xml|javascript|yaml|csv|urlencoded|graphql)")
 
 
@@ -705,16 +715,19 @@ class Decompressor:
 
 async def read_body(response: httpx.Response, limit: int) -> tuple[bytes, bool]:
     """The first `limit` bytes, decompressed, and whether that is all. Raises ToolError and httpx.RequestError."""
-    encoding = response.headers.get("content-encoding", "").strip().lower()
-    if encoding not in ("", "identity", "gzip", "x-gzip", "deflate"):
-        raise ToolError(f"the answer is compressed as {encoding[:40]!r}, which was not asked for and cannot be read")
-    decompressor = Decompressor() if encoding not in ("", "identity") else None
-    body = bytearray()
+    encoding = response.headers.get("content-encoding", "").strip()
+    if encoding.lower() not in ("", "identity", "gzip", "x-gzip", "deflate"):
+        shown = repr(encoding) if len(encoding) <= 40 else "something unknown"
+        raise ToolError(f"the answer is compressed as {shown}, which was not asked for; try another endpoint")
+    decompressor = Decompressor() if encoding.lower() not in ("", "identity") else None
+    body, received = bytearray(), 0
     try:
         async for piece in response.aiter_raw():
             room = limit + 1 - len(body)
             body += decompressor.feed(piece, room) if decompressor else piece[:room]
-            if len(body) > limit:
+            received += len(piece)
+            # What is received counts as well: zlib collects whatever follows the end of the data.
+            if len(body) > limit or received > 2 * limit:
                 return bytes(body[:limit]), False
     except zlib.error:
         raise ToolError("the answer is not the gzip data that it claims to be; try another endpoint") from None
@@ -728,6 +741,8 @@ def decode_text(body: bytes, content_type: str) -> tuple[str | None, list[str]]:
     is_json = "json" in content_type.lower()
     declared = re.search(r"charset=[\"']?([\w.:-]{1,40})", content_type, re.IGNORECASE)
     charset = declared[1].lower() if declared else ""
+    with suppress(LookupError):
+        charset = "" if codecs.lookup(charset).name.replace("_", "-") in NO_CHARSETS else charset
     # What is valid UTF-8 is UTF-8, whatever the header says, unless the header names an encoding that only looks so.
     guess = json.detect_encoding(body) if is_json or body[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
     if (b"\0" in body and guess == "utf-8-sig") or (charset.startswith(("iso-2022", "utf-7")) and not is_json):
@@ -777,7 +792,9 @@ def read_text(body: bytes, content_type: str, mask: Masker) -> Body:
         try:
             value = load_json(text)
             compact = dump_json(value)
-            masked = compact if mask(compact) == compact else dump_json(mask.json(value))
+            masked = mask(compact)
+            if masked != compact and not is_json(masked):  # a number was masked, or the half of an escape
+                masked = dump_json(mask.json(value))
             return Body(masked, True, tuple(facts))
         except ValueError as exc:
             where = f" (character {exc.pos})" if isinstance(exc, json.JSONDecodeError) else ""
@@ -818,7 +835,7 @@ Step = str | int | Each | Fields
 
 def parse_select(text: str) -> tuple[Step, ...]:
     """The steps of one path, with no comma outside braces. Raises ToolError."""
-    text = text.strip().removeprefix("$")
+    text = re.sub(r"^\$(?=[.[]|$)", "", text.strip())
     steps: list[Step] = []
     position = 0
     while position < len(text):
@@ -836,6 +853,8 @@ def parse_select(text: str) -> tuple[Step, ...]:
             case _:
                 steps.append(found if match.lastgroup == "quoted" else found.strip())
         position = match.end()
+        if position < len(text) and isinstance(steps[-1], Fields):
+            raise ToolError(f"select goes on behind {{...}}, which must be its end; {SELECT_ADVICE}")
     return tuple(steps)
 
 
@@ -920,6 +939,21 @@ def parse_parts(select: str) -> list[str]:
     for part in parts:
         parse_select(part)
     return parts
+
+
+def refuse_repetition(value: Any) -> None:
+    """Raise ToolError for a value that is larger than any answer: {a,$.a,["a"]} holds the same text three times, and
+    500 characters of that would take a gigabyte."""
+    length, rest = 0, [value]
+    while rest:
+        item = rest.pop()
+        length += len(item) if isinstance(item, str) else 1
+        if is_object(item):
+            rest += [*item, *item.values()]
+        elif is_list(item):
+            rest += item
+        if length + len(rest) > MAX_REPEATED:
+            raise ToolError("select takes the same parts several times, which is too long; choose fewer fields")
 
 
 def select_json(value: Any, select: str) -> Any:
@@ -1132,12 +1166,13 @@ class Shape:
         if depth == 0 or self._fields < 0:
             self.cut = True
             return "…"
-        for key in ("oneOf", "anyOf"):
-            if is_list(choices := schema.get(key)):
-                shapes = [self.of(choice, depth - 1, seen) for choice in choices[:20]] + ["…"] * (len(choices) > 20)
-                return {key: shapes} if any(map(is_structure, shapes)) else " | ".join(dict.fromkeys(shapes))
+        choices = self._choices(schema, depth, seen)
         if is_list(schema.get("allOf")) or is_object(schema.get("properties")):
-            return self._object(schema, depth, seen)
+            # Beside properties, choices often say no more than which of them are required together.
+            shape = self._object(schema, depth, seen)
+            return shape | choices if is_object(shape) and is_object(choices) else shape
+        if choices is not None:
+            return choices
         if "items" in schema:
             return [self.of(schema["items"], depth - 1, seen)]
         if is_object(schema.get("additionalProperties")):
@@ -1148,6 +1183,14 @@ class Shape:
         name = "|".join(str(one) for one in kind) if is_list(kind) else str(kind)
         default = f" = {clip(str(schema['default']), 40)}" if "default" in schema else ""
         return name + (f" ({schema['format']})" if "format" in schema else "") + default
+
+    def _choices(self, schema: Mapping[str, Any], depth: int, seen: frozenset[str]) -> dict[str, Any] | str | None:
+        for key in ("oneOf", "anyOf"):
+            if is_list(choices := schema.get(key)):
+                shapes = [self.of(choice, depth - 1, seen) for choice in choices[:20]] + ["…"] * (len(choices) > 20)
+                structures = any(isinstance(shape, dict | list) for shape in shapes)
+                return {key: shapes} if structures else " | ".join(dict.fromkeys(shapes))
+        return None
 
     def _object(self, schema: Mapping[str, Any], depth: int, seen: frozenset[str]) -> Any:
         merged: dict[str, Any] = {}
@@ -1161,9 +1204,10 @@ class Shape:
         parts = schema.get("allOf")
         for part in parts[:20] if is_list(parts) else []:
             shape = self.of(part, depth, seen)
-            if not is_object(shape):
-                return shape if not merged and len(parts or []) == 1 else merged | {"…": shape}
-            merged |= shape
+            if is_object(shape):
+                merged |= shape
+            elif shape != "any":  # a part that only describes says nothing of the shape
+                return shape if not merged else merged | {"…": shape}
         return merged
 
 
@@ -1362,26 +1406,53 @@ class Upstream:
         headers.update({"Content-Type": call.content_type} if content is not None else {})
         headers.update(self._headers)
         for _ in range(MAX_REDIRECTS + 1):
-            require_inside(self.base_url, url, self.name)
+            require_inside(self.base_url, url)
             await self._take_token(deadline)
             timeouts = {"connect": min(CONNECT_TIMEOUT, self._seconds)} | dict.fromkeys(
                 ("read", "write", "pool"), self._seconds
             )
             request = httpx.Request(method, url, headers=headers, content=content, extensions={"timeout": timeouts})
             response = await self._open_pool().handle_async_request(request)
+            response.request = request
             if response.status_code not in (301, 302, 303, 307, 308) or "location" not in response.headers:
                 return response
             await response.aclose()
-            try:
-                url = url.join(response.headers["location"]).copy_with(fragment=None)
-            except (httpx.InvalidURL, ValueError):
-                raise ToolError(f"{self.name} redirects to something that is no URL; nothing was sent there") from None
+            url = self._redirected(url, response.headers["location"])
             if method not in SAFE and response.status_code in (301, 302, 303):
                 method, content = "GET", None
                 headers.pop("Content-Type", None)  # there is no body any more
                 if method not in self.api.methods:
-                    raise ToolError(f"{self.name} took the {call.method} and redirects to a GET, which is not allowed")
-        raise ToolError(f"{self.name} redirects more than {MAX_REDIRECTS} times; try the endpoint it leads to")
+                    raise ToolError(
+                        f"{self.name} took the {call.method} and redirects to a GET of {self._show(url.path, 200)}, "
+                        "which is not allowed here; the call may have had its effect, do not repeat it"
+                    )
+        raise ToolError(f"{self.name} redirects more than {MAX_REDIRECTS} times; try another endpoint")
+
+    def _redirected(self, url: httpx.URL, location: str) -> httpx.URL:
+        """Where a redirect leads. Raises ToolError unless it stays with the API."""
+        try:
+            target = url.join(location).copy_with(fragment=None)
+        except (httpx.InvalidURL, ValueError):
+            raise ToolError(
+                f"{self.name} redirects to something that is no URL: not followed; try another endpoint"
+            ) from None
+        try:
+            require_inside(self.base_url, target)
+        except ToolError:
+            # A host is in lower case, in which the mask would not know a key.
+            shown = origin(target) if self._mask(location) == location else "an address with a key in it"
+            where = f"another origin, {shown}"
+            if origin(target) == origin(self.base_url):
+                where = f"{self._show(target.path, 200)}, which is outside its base path or hides where it leads"
+            raise ToolError(
+                f"{self.name} redirects to {where}: nothing was sent there, because its keys are for {self.base_url}; "
+                "if you need it, it must be configured as an API of its own"
+            ) from None
+        return target
+
+    def _show(self, text: str, limit: int) -> str:
+        """Text of the upstream on one line, masked before it is cut: half a key would not be found afterwards."""
+        return clip(self._mask(text), limit)
 
     async def _take_token(self, deadline: float) -> None:
         if self.bucket is None:
@@ -1398,7 +1469,7 @@ class Upstream:
         if stale is not None and response.status_code == 304:
             return self._keep(call, stale, freshness(response.headers, stale.ttl or 0.0), "revalidated (304)")
         ttl = freshness(response.headers, self.api.cache_ttl)
-        content_type = clip(response.headers.get("content-type", ""), 200)
+        content_type = self._show(response.headers.get("content-type", ""), 200)
         if not response.is_success:
             await self._raise_http_error(call, response, content_type)
         body, whole = await read_body(response, MAX_BODY)
@@ -1409,11 +1480,15 @@ class Upstream:
             for header, source in (("If-None-Match", "etag"), ("If-Modified-Since", "last-modified"))
             if source in response.headers and response.headers[source].isascii()
         }
+        # A POST that was answered with a redirect may look as if it had returned what a GET shows.
+        method = response.request.method
+        where = self._show(response.request.url.path, 200)
+        moved = [f"the {call.method} was redirected: this answers {method} {where}"] if method != call.method else []
         answer = Answer(
             response.status_code,
             await in_thread_if_long(body, read_text, body, content_type, self._mask),
             content_type,
-            tuple(self._passed_on(response.headers)),
+            (*moved, *self._passed_on(response.headers)),
             validators,
             ttl,
         )
@@ -1444,12 +1519,14 @@ class Upstream:
         what = f"{status_line(response.status_code)} to {call.method} {call.url.path[:200]}"
         raise ToolError(f"{self.name} answered {what}{again}{limits}: {shown}")
 
-    def _passed_on(self, headers: httpx.Headers) -> Iterator[str]:
+    def _passed_on(self, headers: httpx.Headers) -> list[str]:
         """The few response headers that a caller needs: pages and limits. Links below the base URL become endpoints."""
-        for name, value in headers.items():
-            if name in ("link", "retry-after") or re.match(r"(x-)?rate-?limit", name):
-                text = value.replace(f"<{str(self.base_url).rstrip('/')}/", "</")
-                yield f"{name}: {clip(text, MAX_HEADER_TEXT)}"
+        root = re.escape(self.base_url.raw_path.decode().rstrip("/"))
+        here = re.compile(f"<(?:{re.escape(origin(self.base_url))})?{root}/(?!/)")
+        wanted = re.compile(r"link$|retry-after$|(x-)?rate-?limit")
+        found = [f"{name}: {here.sub('</', value)}" for name, value in headers.items() if wanted.match(name)]
+        more = [f"{len(found) - MAX_HEADERS} more such headers"] if len(found) > MAX_HEADERS else []
+        return [self._show(text, MAX_HEADER_TEXT) for text in found[:MAX_HEADERS]] + more
 
     def _describe(self, exc: httpx.RequestError | OSError) -> str:
         """One sentence for the model; the exception's own text may name hosts, proxies and header values."""
@@ -1490,7 +1567,10 @@ def render(call: Call, answer: Answer, note: str, select: str, offset: int, max_
         if not body.json:
             raise ToolError(f"select needs JSON, and this is {answer.content_type or 'of no type'}; leave select out")
         try:
-            text = dump_json(select_json(load_json(text), select))
+            selected = select_json(load_json(text), select)
+            if len(text) * (1 + select.count(",")) > MAX_REPEATED:
+                refuse_repetition(selected)
+            text = dump_json(selected)
         except RecursionError:
             raise ToolError("the JSON is nested too deeply for select; leave select out") from None
     if offset and offset >= len(text):
