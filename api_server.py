@@ -460,10 +460,13 @@ class Call:
     """One request as it will be sent, and the key under which its answer is kept."""
 
     method: str
-    url: httpx.URL
+    url: str
     content: bytes | None
     content_type: str
     key: bytes
+
+
+CANONICAL = json.JSONEncoder(sort_keys=True)  # made once; json.dumps makes one for each call
 
 
 def encode_data(data: Any, form: bool) -> tuple[bytes | None, str]:
@@ -485,35 +488,43 @@ def encode_data(data: Any, form: bool) -> tuple[bytes | None, str]:
     return content, content_type
 
 
-def build_call(base: httpx.URL, method: str, endpoint: str, params: Mapping[str, Any], data: Any, form: bool) -> Call:
-    """Check and encode what the model gave. Raises ToolError; nothing has been sent by then."""
+def parse_query(query: str) -> list[tuple[str, str]]:
+    """The parameters in an endpoint's query. Raises ToolError."""
+    try:
+        pairs = parse_qsl(query, keep_blank_values=True, errors="strict")
+    except UnicodeDecodeError:  # read loosely, they would be sent as another character
+        raise ToolError("endpoint's query holds percent-encoded bytes that are not UTF-8; write them as text") from None
+    if re.search(r"[\x00-\x1f\x7f]", unquote(query)):
+        raise ToolError("endpoint holds a control character in its query; give such a value in params")
+    return pairs
+
+
+def build_call(root: str, method: str, endpoint: str, params: Mapping[str, Any], data: Any, form: bool) -> Call:
+    """Check and encode what the model gave; `root` is the base URL without a slash at its end. Raises ToolError.
+
+    A cache hit costs little more than this: what only a request needs, such as parsing the URL, is done with it.
+    """
     if "#" in endpoint:
         raise ToolError(f"endpoint holds a #, which is never sent; write %23 for the character, or {ADVICE}")
     if endpoint != endpoint.strip():
         raise ToolError(f"endpoint begins or ends with white space; {ADVICE}")
     path, _, query = endpoint.partition("?")
     refuse_escape(path)
-    try:
-        given = parse_qsl(query, keep_blank_values=True, errors="strict")
-    except UnicodeDecodeError:  # read loosely, they would be sent as another character
-        raise ToolError("endpoint's query holds percent-encoded bytes that are not UTF-8; write them as text") from None
-    if re.search(r"[\x00-\x1f\x7f]", unquote(query)):
-        raise ToolError("endpoint holds a control character in its query; give such a value in params")
+    given = parse_query(query) if query else []
     if twice := {name for name, _ in given} & params.keys():
         raise ToolError(f"{min(twice)[:50]!r} is in the endpoint's query and in params; give it once")
     try:
         encoded = quote(path.removeprefix("/"), safe="/%!$&'()*+,;=:@~")
-        search = urlencode([*given, *query_pairs(params)], quote_via=quote)
+        pairs = [*given, *query_pairs(params)]
+        url = root + (f"/{encoded}" if path else "") + ("?" + urlencode(pairs, quote_via=quote) if pairs else "")
         content, content_type = encode_data(data, form)
-        key = json.dumps([method, encoded, sorted(given), params, data], sort_keys=True).encode()
+        # Of equal names the order counts: ?sort=name&sort=age is another question than ?sort=age&sort=name.
+        given.sort(key=lambda pair: pair[0])
+        key = CANONICAL.encode([method, encoded, given, params, data]).encode()
     except UnicodeEncodeError:
         raise ToolError("params hold broken Unicode (half of a surrogate pair); leave it out") from None
-    root = str(base).rstrip("/")
-    text = root + (f"/{encoded}" if path else "") + (f"?{search}" if search else "")
-    if len(text) > MAX_URL:
-        raise ToolError(f"the URL would be {len(text):,} characters long; the limit is {MAX_URL:,}; use fewer params")
-    url = httpx.URL(text)
-    require_inside(base, url)
+    if len(url) > MAX_URL:
+        raise ToolError(f"the URL would be {len(url):,} characters long; the limit is {MAX_URL:,}; use fewer params")
     return Call(method, url, content, content_type, hashlib.sha256(key).digest())
 
 
@@ -1304,7 +1315,10 @@ class Upstream:
         if (limit := self.api.rate_limit) is not None:
             self.bucket = TokenBucket(limit, limit / self.api.rate_period, timer=timer, sleep=sleep)
         self.cache = TTLCache[bytes, Answer](CACHE_ENTRIES, self.api.cache_ttl, max_bytes=CACHE_BYTES, timer=timer)
-        self._headers = target.headers
+        self._root = str(target.base_url).rstrip("/")
+        self._headers = httpx.Headers(DEFAULT_HEADERS)
+        self._headers.update(target.headers)
+        self._form = "urlencoded" in self._headers.get("content-type", "")
         self._mask = mask
         self._timer = timer
         self._sleep = sleep
@@ -1323,11 +1337,10 @@ class Upstream:
 
     def prepare(self, method: str, endpoint: str, params: Mapping[str, Any], data: Any) -> Call:
         """Check a call before anything is spent on it. Raises ToolError."""
-        allowed = [str(one) for one in self.api.methods]
+        allowed = self.api.methods
         if method.upper() not in allowed or not method.isascii():
             raise ToolError(f"method {method[:20]!r} is not allowed for {self.name}; allowed: {', '.join(allowed)}")
-        form = "urlencoded" in httpx.Headers(self._headers).get("content-type", "")
-        return build_call(self.base_url, method.upper(), endpoint, params, data, form)
+        return build_call(self._root, method.upper(), endpoint, params, data, self._form)
 
     async def call(self, call: Call, use_cache: bool, offset: int) -> tuple[Answer, str]:
         """The answer, and where it came from. Raises ToolError."""
@@ -1401,9 +1414,10 @@ class Upstream:
 
     async def _send(self, call: Call, stale: Answer | None, deadline: float) -> httpx.Response:
         """One attempt: a token, a request, and the same again for each redirect. The caller closes the response."""
-        method, url, content = call.method, call.url, call.content
-        headers = httpx.Headers({**DEFAULT_HEADERS, **(stale.validators if stale else {})})
-        headers.update({"Content-Type": call.content_type} if content is not None else {})
+        method, url, content = call.method, httpx.URL(call.url), call.content
+        headers = httpx.Headers(stale.validators if stale else {})
+        if content is not None:
+            headers["Content-Type"] = call.content_type
         headers.update(self._headers)
         for _ in range(MAX_REDIRECTS + 1):
             require_inside(self.base_url, url)
@@ -1450,6 +1464,9 @@ class Upstream:
             ) from None
         return target
 
+    def _asked(self, response: httpx.Response) -> str:
+        return f"{response.request.method} {self._show(response.request.url.path, 200)}"
+
     def _show(self, text: str, limit: int) -> str:
         """Text of the upstream on one line, masked before it is cut: half a key would not be found afterwards."""
         return clip(self._mask(text), limit)
@@ -1471,7 +1488,7 @@ class Upstream:
         ttl = freshness(response.headers, self.api.cache_ttl)
         content_type = self._show(response.headers.get("content-type", ""), 200)
         if not response.is_success:
-            await self._raise_http_error(call, response, content_type)
+            await self._raise_http_error(response, content_type)
         body, whole = await read_body(response, MAX_BODY)
         if not whole:
             raise ToolError(f"{self.name}'s answer is larger than {MAX_BODY:,} bytes; ask for less, or page through it")
@@ -1481,9 +1498,9 @@ class Upstream:
             if source in response.headers and response.headers[source].isascii()
         }
         # A POST that was answered with a redirect may look as if it had returned what a GET shows.
-        method = response.request.method
-        where = self._show(response.request.url.path, 200)
-        moved = [f"the {call.method} was redirected: this answers {method} {where}"] if method != call.method else []
+        moved: tuple[str, ...] = ()
+        if response.request.method != call.method:
+            moved = (f"the {call.method} was redirected: this answers {self._asked(response)}",)
         answer = Answer(
             response.status_code,
             await in_thread_if_long(body, read_text, body, content_type, self._mask),
@@ -1506,7 +1523,7 @@ class Upstream:
             self.cache.put(call.key, answer, ttl=PAGE_TTL, size=sys.getsizeof(answer.body.text) + 1_000)
         return answer, "not cached"
 
-    async def _raise_http_error(self, call: Call, response: httpx.Response, content_type: str) -> None:
+    async def _raise_http_error(self, response: httpx.Response, content_type: str) -> None:
         try:
             body, _ = await read_body(response, MAX_ERROR_BODY)
             text = read_text(body, content_type, self._mask)
@@ -1516,7 +1533,7 @@ class Upstream:
         wait = retry_after(response)
         again = "" if wait is None else f"; try again in {math.ceil(wait)} s"
         limits = "".join(f"; {text}" for text in self._passed_on(response.headers) if "limit" in text.partition(":")[0])
-        what = f"{status_line(response.status_code)} to {call.method} {call.url.path[:200]}"
+        what = f"{status_line(response.status_code)} to {self._asked(response)}"
         raise ToolError(f"{self.name} answered {what}{again}{limits}: {shown}")
 
     def _passed_on(self, headers: httpx.Headers) -> list[str]:

@@ -582,6 +582,7 @@ DIFFERENT_CALLS: dict[str, Sequence[dict[str, Any]]] = {
     "params": [{"params": {"a": 1}}, {"params": {"a": "1"}}, {"params": {"a": True}}, {"params": {"a": 1.0}}, {}],
     "true as text": [{"params": {"a": True}}, {"params": {"a": "true"}}],
     "lists": [{"params": {"a": [1, 2]}}, {"params": {"a": [2, 1]}}, {"params": {"a": "1,2"}}],
+    "order of equal names": [{"endpoint": "/echo?a=1&a=2"}, {"endpoint": "/echo?a=2&a=1"}],
     "names": [{"params": {"a": "1&b=2"}}, {"params": {"a": 1, "b": 2}}],
     "body": [{"data": {"a": 1}}, {"data": {"a": "1"}}, {"data": {"a": True}}, {"data": 1}, {"data": True}, {}],
     "body as text": [{"data": [1]}, {"data": "x"}],
