@@ -120,6 +120,7 @@ class ApiList(BaseModel):
 # What the model sees. Each tool checks its arguments, calls what stands below it in this file, and returns.
 
 ApiName = Annotated[str, Field(description="name from list_apis", max_length=64)]
+Offset = Annotated[int, Field(description="first character shown", ge=0, strict=True)]
 
 
 def build_server(
@@ -193,12 +194,12 @@ def build_server(
         endpoint: Annotated[str, Field(description="path below the base URL: /users/42", max_length=2_000)],
         method: Annotated[str, Field(description="one that list_apis shows", max_length=10)] = "GET",
         params: Annotated[dict[str, Any] | None, Field(description="query; a list repeats the name")] = None,
-        data: Annotated[Any, Field(description="request body, sent as JSON; a string as plain text")] = None,
+        data: Annotated[Any, Field(description="request body: JSON; other text is sent as plain text")] = None,
         use_cache: Annotated[bool, Field(description="false: ask the API anew", strict=True)] = True,
         select: Annotated[
             str, Field(description="part of a JSON body: items[0].name, items[*].{id,owner.login}", max_length=500)
         ] = "",
-        offset: Annotated[int, Field(description="first character shown", ge=0, strict=True)] = 0,
+        offset: Offset = 0,
     ) -> str:
         """Call an API and return the body (JSON compact), then one line in brackets: status, type, cache state, page
         and rate-limit headers, what was cut. A cut body continues with offset, without a second request. Use select
@@ -217,6 +218,7 @@ def build_server(
         api: ApiName,
         search: Annotated[str, Field(description="words, such as: list issues", max_length=200)] = "",
         endpoint: Annotated[str, Field(description="GET /users/{id}, or an operation's name", max_length=2_000)] = "",
+        offset: Offset = 0,
     ) -> str:
         """Look an API up in its OpenAPI file: with search, the operations that match; with endpoint, that operation's
         parameters, request body and answers (? marks optional fields); with neither, the file's tags."""
@@ -228,11 +230,7 @@ def build_server(
         if search and endpoint:
             raise ToolError("give search or endpoint, not both")
         text = upstream.spec.describe(endpoint) if endpoint else upstream.spec.search(search)
-        if options.max_output and len(text) > options.max_output:
-            shown = text[: max(options.max_output - 100, 1)]
-            cut = f"characters 1-{len(shown)} of {len(text)} shown; ask for one operation: METHOD /path"
-            return shown + "\n" + trailer(cut)
-        return text
+        return show_part(text, [], offset, options.max_output)
 
     return server
 
@@ -514,13 +512,13 @@ def build_call(root: str, method: str, endpoint: str, params: Mapping[str, Any],
     if twice := {name for name, _ in given} & params.keys():
         raise ToolError(f"{min(twice)[:50]!r} is in the endpoint's query and in params; give it once")
     try:
-        encoded = quote(path.removeprefix("/"), safe="/%!$&'()*+,;=:@~")
+        place = "/" + quote(path.removeprefix("/"), safe="/%!$&'()*+,;=:@~") if path else ""
         pairs = [*given, *query_pairs(params)]
-        url = root + (f"/{encoded}" if path else "") + ("?" + urlencode(pairs, quote_via=quote) if pairs else "")
+        url = root + place + ("?" + urlencode(pairs, quote_via=quote) if pairs else "")
         content, content_type = encode_data(data, form)
         # Of equal names the order counts: ?sort=name&sort=age is another question than ?sort=age&sort=name.
         given.sort(key=lambda pair: pair[0])
-        key = CANONICAL.encode([method, encoded, given, params, data]).encode()
+        key = CANONICAL.encode([method, place, given, params, data]).encode()
     except UnicodeEncodeError:
         raise ToolError("params hold broken Unicode (half of a surrogate pair); leave it out") from None
     if len(url) > MAX_URL:
@@ -1590,8 +1588,6 @@ def render(call: Call, answer: Answer, note: str, select: str, offset: int, max_
             text = dump_json(selected)
         except RecursionError:
             raise ToolError("the JSON is nested too deeply for select; leave select out") from None
-    if offset and offset >= len(text):
-        raise ToolError(f"offset={offset} is past the end: there are {len(text)} characters; use a smaller offset")
     facts = [
         status_line(answer.status),
         *re.findall(r"^[\w.+-]+/[\w.+-]+", answer.content_type),  # without the rest, which could imitate this line
@@ -1599,16 +1595,26 @@ def render(call: Call, answer: Answer, note: str, select: str, offset: int, max_
         *body.facts,
         *answer.headers,
     ]
-    room = max(max_output - len(trailer(*facts)) - 100, max_output // 2, 1) if max_output else len(text)
-    end = min(len(text), offset + room)
+    kept = call.method in SAFE or answer.ttl is not None
+    return show_part(text, facts, offset, max_output, kept=kept)
+
+
+def show_part(text: str, facts: list[str], offset: int, max_output: int, *, kept: bool = True) -> str:
+    """The text from `offset` on, as much as fits, and the facts, with what was cut, as its last line."""
+    if offset and offset >= len(text):
+        raise ToolError(f"offset={offset} is past the end: there are {len(text)} characters; use a smaller offset")
+    room = max(max_output - len(trailer(*facts)) - 100, max_output // 2, 1)
+    end = len(text)
+    if max_output and end - offset > (room if facts else max_output):
+        end = offset + room
     if offset or end < len(text):
         facts.append(f"characters {offset + 1}-{end} of {len(text)} shown")
-    resume = {"offset": end} if end < len(text) else {}
-    if resume and answer.ttl is None and call.method not in SAFE:
-        resume = {}
+    resume: dict[str, int] = {}
+    if end < len(text) and kept:
+        resume = {"offset": end}
+    elif end < len(text):
         facts.append("the upstream forbids to keep the rest: use select")
-    shown = text[offset:end]
-    return (shown + "\n" if shown else "") + trailer(*facts, **resume)
+    return "\n".join(filter(None, [text[offset:end], trailer(*facts, **resume) if facts else ""]))
 
 
 # ----------------------------------------------------------------------------------------------------------------- main

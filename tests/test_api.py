@@ -578,6 +578,7 @@ async def test_a_hit_costs_no_token(tmp_path: Path) -> None:
 
 DIFFERENT_CALLS: dict[str, Sequence[dict[str, Any]]] = {
     "endpoint": [{"endpoint": "/echo"}, {"endpoint": "/echo/"}],
+    "base path": [{"endpoint": ""}, {"endpoint": "/"}],
     "method": [{"method": "GET"}, {"method": "HEAD"}, {"method": "GET", "use_cache": False}],
     "params": [{"params": {"a": 1}}, {"params": {"a": "1"}}, {"params": {"a": True}}, {"params": {"a": 1.0}}, {}],
     "true as text": [{"params": {"a": True}}, {"params": {"a": "true"}}],
@@ -592,7 +593,8 @@ DIFFERENT_CALLS: dict[str, Sequence[dict[str, Any]]] = {
 @pytest.mark.parametrize("calls", DIFFERENT_CALLS.values(), ids=DIFFERENT_CALLS)
 async def test_different_calls_never_share_an_answer(tmp_path: Path, calls: Sequence[dict[str, Any]]) -> None:
     async with Site() as site, gateway(tmp_path, site) as client:
-        site.on("/v1/echo/", reply({}))
+        for path in ("/v1", "/v1/", "/v1/echo/"):
+            site.on(path, reply({}))
         for arguments in calls:
             assert "cache hit" not in await call(client, **{"endpoint": "/echo"} | arguments)
         assert len(site.requests) == len(calls)
@@ -1427,6 +1429,24 @@ async def test_methods_that_are_not_allowed_are_marked(tmp_path: Path) -> None:
         assert text.splitlines()[0].startswith("GET ")
         assert "DELETE /repos/{owner}/things3/{id}: delete" in text
         assert text.count("[method not allowed here]") == 3
+
+
+async def test_offset_continues_a_cut_description(tmp_path: Path) -> None:
+    (tmp_path / "spec.json").write_text(json.dumps(large_spec()))
+    entry = {"demo": {"base_url": "http://127.0.0.1:1", "openapi": "spec.json"}}
+    endpoint = "GET /repos/{owner}/things3/{id}"
+    async with Client(build_server(config(tmp_path, entry))) as client:
+        whole = await describe(client, endpoint=endpoint)
+    async with Client(build_server(config(tmp_path, entry), Options(max_output=500))) as client:
+        shown = ""
+        while len(shown) < len(whole):
+            text = await describe(client, endpoint=endpoint, offset=len(shown))
+            assert len(text) <= 500
+            body, last = split(text)
+            shown += body
+            assert last.endswith(f"continue with offset={len(shown)}]") or len(shown) == len(whole)
+        assert shown == whole
+        assert "past the end" in await refused(client, "describe_api", api="demo", endpoint=endpoint, offset=len(whole))
 
 
 HOSTILE_SPECS: dict[str, Any] = {
