@@ -29,6 +29,7 @@ import sys
 import time
 import unicodedata
 import zlib
+from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
@@ -1000,17 +1001,15 @@ class Operation:
     head: str
     text: str
 
-    @property
-    def line(self) -> str:
-        """The operation in one line."""
-        summary = " ".join(str(self.spec.get("summary") or self.spec.get("description") or "").split())
-        name = f" ({self.spec['operationId']})" if "operationId" in self.spec else ""
-        return f"{self.method} {self.path}{': ' if summary else ''}{clip(summary, 100)}{name}"
-
 
 def as_object(value: object) -> dict[str, Any]:
     """The value if it is an object, else an empty one: a broken file must not break the server."""
     return value if is_object(value) else {}
+
+
+def as_list(value: object) -> list[Any]:
+    """The value if it is a list, else an empty one."""
+    return value if is_list(value) else []
 
 
 class OpenApi:
@@ -1018,11 +1017,9 @@ class OpenApi:
 
     def __init__(self, path: Path, methods: Sequence[str]) -> None:
         try:
-            with path.open("rb") as file:
-                data = file.read(MAX_SPEC + 1)
-            if len(data) > MAX_SPEC:
+            if path.stat().st_size > MAX_SPEC:
                 raise ConfigError(f"openapi: {path} is larger than {MAX_SPEC:,} bytes")
-            self._spec = as_object(json.loads(data))
+            self._spec = as_object(json.loads(path.read_bytes()))
         except OSError as exc:
             raise ConfigError(f"openapi: cannot read {path}: {exc.strerror}") from None
         except (ValueError, RecursionError):
@@ -1035,28 +1032,21 @@ class OpenApi:
     def _index(self) -> Iterator[Operation]:
         for path, item in as_object(self._spec.get("paths")).items():
             item = as_object(self._resolve(item))
-            shared = item.get("parameters")
             for method in METHODS:
                 if is_object(spec := item.get(method.lower())):
-                    tags = spec.get("tags")
                     head = f"{method} {path} {spec.get('operationId', '')} {spec.get('summary', '')}".lower()
-                    text = f"{head} {tags if is_list(tags) else ''} {str(spec.get('description', ''))[:2000]}".lower()
-                    yield Operation(method, path, spec, shared if is_list(shared) else [], head, text)
+                    text = f"{head} {as_list(spec.get('tags'))} {str(spec.get('description', ''))[:2000]}".lower()
+                    yield Operation(method, path, spec, as_list(item.get("parameters")), head, text)
 
     def _overview(self) -> str:
-        """What the file describes, and its tags."""
+        """What the file describes, and its operations if they are few, or else their tags."""
         info = as_object(self._spec.get("info"))
-        counts: dict[str, int] = {}
-        for operation in self.operations:
-            tags = operation.spec.get("tags")
-            for tag in tags if is_list(tags) else []:
-                counts[str(tag)] = counts.get(str(tag), 0) + 1
-        lines = [f"{info.get('title', 'API')} {info.get('version', '')}: {len(self.operations)} operations"]
+        title = f"{info.get('title', 'API')} {info.get('version', '')}: {len(self.operations)} operations"
         if len(self.operations) <= MAX_MATCHES:
-            return "\n".join([*lines, *(self._mark(operation) for operation in self.operations)])
-        tags_line = ", ".join(f"{tag} ({count})" for tag, count in sorted(counts.items())[:60])
-        more = " …" if len(counts) > 60 else ""
-        return "\n".join([*lines, f"tags: {tags_line or 'none'}{more}", trailer("give search, or endpoint")])
+            return "\n".join([title, *(self._line(operation) for operation in self.operations)])
+        counts = Counter(str(tag) for operation in self.operations for tag in as_list(operation.spec.get("tags")))
+        tags = ", ".join(f"{tag} ({count})" for tag, count in sorted(counts.items())[:60]) or "none"
+        return "\n".join([title, f"tags: {tags}{' …' * (len(counts) > 60)}", trailer("give search, or endpoint")])
 
     def search(self, query: str) -> str:
         """The operations that hold every word of the query, or else some of them; the best first. All tags for none."""
@@ -1064,23 +1054,28 @@ class OpenApi:
         words = [word.removesuffix("s") if len(word) > 3 else word for word in query.lower().split()[:10]]
         if not words:
             return self._overview()
-        ranked: list[tuple[int, int, int, Operation]] = []
-        for operation in self.operations:
-            found = sum(word in operation.text for word in words)
-            if found:
-                ranked.append((-found, -sum(word in operation.head for word in words), len(operation.path), operation))
-        best = [rank for rank in ranked if -rank[0] == len(words)]
-        facts = [] if best or not ranked else ["no operation holds every word of the search; these hold some"]
-        matches = [rank[3] for rank in sorted(best or ranked, key=lambda rank: rank[:3])]
+
+        def rank(operation: Operation) -> tuple[int, int, int]:
+            found, in_head = (sum(word in text for word in words) for text in (operation.text, operation.head))
+            return -found, -in_head, len(operation.path)
+
+        some = sorted((o for o in self.operations if any(word in o.text for word in words)), key=rank)
+        best = [o for o in some if all(word in o.text for word in words)]
+        facts = [] if best else ["no operation holds every word of the search; these hold some"]
+        matches = best or some
         if not matches:
             return trailer(f"no operation of {len(self.operations)} matches; try other words, or none for the tags")
         if len(matches) > MAX_MATCHES:
             facts.insert(0, f"{MAX_MATCHES} of {len(matches)} operations shown; add words to narrow the search")
-        lines = [self._mark(operation) for operation in matches[:MAX_MATCHES]]
+        lines = [self._line(operation) for operation in matches[:MAX_MATCHES]]
         return "\n".join([*lines, trailer(*facts, 'endpoint="METHOD /path" shows one in full')])
 
-    def _mark(self, operation: Operation) -> str:
-        return operation.line + ("" if operation.method in self._methods else " [method not allowed here]")
+    def _line(self, operation: Operation) -> str:
+        spec = operation.spec
+        summary = clip(str(spec.get("summary") or spec.get("description") or ""), 100)
+        name = f" ({spec['operationId']})" if "operationId" in spec else ""
+        mark = "" if operation.method in self._methods else " [method not allowed here]"
+        return f"{operation.method} {operation.path}{': ' if summary else ''}{summary}{name}{mark}"
 
     def describe(self, endpoint: str) -> str:
         """Parameters and schemas of the operations at `endpoint`: [METHOD] /path (concrete, too) or an operationId."""
@@ -1111,11 +1106,10 @@ class OpenApi:
 
     def _details(self, operation: Operation, shape: "Shape") -> Iterator[str]:
         spec = operation.spec
-        yield self._mark(operation)
+        yield self._line(operation)
         if spec.get("description"):
             yield clip(str(spec["description"]), 600)
-        parameters = spec.get("parameters")
-        for given in [*operation.shared, *(parameters if is_list(parameters) else [])]:
+        for given in [*operation.shared, *as_list(spec.get("parameters"))]:
             parameter = as_object(self._resolve(given))
             place = str(parameter.get("in", "?"))
             facts = [place, dump_json(shape.of(parameter.get("schema", True))).strip('"')]
@@ -1175,18 +1169,18 @@ class Shape:
         if depth == 0 or self._fields < 0:
             self.cut = True
             return "…"
-        choices = self._choices(schema, depth, seen)
         if is_list(schema.get("allOf")) or is_object(schema.get("properties")):
-            # Beside properties, choices often say no more than which of them are required together.
             shape = self._object(schema, depth, seen)
+            # Beside properties, choices often say no more than which of them are required together.
+            choices = self._choices(schema, depth, seen)
             return shape | choices if is_object(shape) and is_object(choices) else shape
-        if choices is not None:
+        if (choices := self._choices(schema, depth, seen)) is not None:
             return choices
         if "items" in schema:
             return [self.of(schema["items"], depth - 1, seen)]
         if is_object(schema.get("additionalProperties")):
             return {"<any name>": self.of(schema["additionalProperties"], depth - 1, seen)}
-        if is_list(values := [schema["const"]] if "const" in schema else schema.get("enum")):
+        if values := [schema["const"]] if "const" in schema else as_list(schema.get("enum")):
             return " | ".join(clip(str(value), 40) for value in values[:20]) + (" | …" if len(values) > 20 else "")
         kind = schema.get("type", "any")
         name = "|".join(str(one) for one in kind) if is_list(kind) else str(kind)
@@ -1203,15 +1197,13 @@ class Shape:
 
     def _object(self, schema: Mapping[str, Any], depth: int, seen: frozenset[str]) -> Any:
         merged: dict[str, Any] = {}
-        required = schema.get("required")
+        required = as_list(schema.get("required"))
         for name, item in as_object(schema.get("properties")).items():
             if self._fields <= 0:
                 self.cut = True
                 return merged | {"…": "…"}
-            optional = "" if is_list(required) and name in required else "?"
-            merged[name + optional] = self.of(item, depth - 1, seen)
-        parts = schema.get("allOf")
-        for part in parts[:20] if is_list(parts) else []:
+            merged[name if name in required else name + "?"] = self.of(item, depth - 1, seen)
+        for part in as_list(schema.get("allOf"))[:20]:
             shape = self.of(part, depth, seen)
             if is_object(shape):
                 merged |= shape
@@ -1254,16 +1246,21 @@ def status_line(status: int) -> str:
     return f"{status} {http_client.responses.get(status, '')}".strip()
 
 
+def seconds_until(date: str) -> float:
+    """Seconds from now to an HTTP date. Raises ValueError."""
+    try:
+        when = parsedate_to_datetime(date)
+        return (when.replace(tzinfo=when.tzinfo or UTC) - datetime.now(UTC)).total_seconds()
+    except (TypeError, OverflowError):
+        raise ValueError(date) from None
+
+
 def retry_after(response: httpx.Response) -> float | None:
     """The seconds that Retry-After asks for (RFC 9110, 10.2.3), or None."""
     text = response.headers.get("retry-after", "").strip()
-    if re.fullmatch(r"[0-9]{1,9}", text):
-        return float(text)
-    try:
-        when = parsedate_to_datetime(text)
-        return max(0.0, (when.replace(tzinfo=when.tzinfo or UTC) - datetime.now(UTC)).total_seconds())
-    except (ValueError, TypeError, OverflowError):
-        return None
+    with suppress(ValueError):
+        return float(text) if re.fullmatch(r"[0-9]{1,9}", text) else max(0.0, seconds_until(text))
+    return None
 
 
 def freshness(headers: httpx.Headers, ttl: float) -> float | None:
@@ -1279,17 +1276,18 @@ def freshness(headers: httpx.Headers, ttl: float) -> float | None:
         return None
     if "no-cache" in directives:
         return 0.0
+    left = ttl
     if "max-age" in directives:
-        age = headers.get("age", "")
-        seconds = int(directives["max-age"][:9]) if re.fullmatch("[0-9]+", directives["max-age"]) else 0
-        return max(0.0, min(ttl, seconds - (int(age[:9]) if re.fullmatch("[0-9]+", age) else 0)))
-    if "expires" in headers:
-        try:
-            left = parsedate_to_datetime(headers["expires"]) - datetime.now(UTC)
-            return max(0.0, min(ttl, left.total_seconds()))
-        except (ValueError, TypeError, OverflowError):  # "0" and the like mean: already expired
-            return 0.0
-    return ttl
+        lifetime, age = (
+            int(text[:9]) if re.fullmatch("[0-9]+", text) else 0
+            for text in (directives["max-age"], headers.get("age", ""))
+        )
+        left = lifetime - age
+    elif "expires" in headers:
+        left = 0.0  # "0" and the like are no date and mean: already expired
+        with suppress(ValueError):
+            left = seconds_until(headers["expires"])
+    return max(0.0, min(ttl, left))
 
 
 DEFAULT_HEADERS = {
@@ -1515,11 +1513,13 @@ class Upstream:
             if ttl is None or (ttl == 0 and not answer.validators):
                 self.cache.discard(call.key)
                 return answer, f"{note}, not kept (the upstream forbids it)"
-            self.cache.put(call.key, answer, ttl=ttl, size=sys.getsizeof(answer.body.text) + 1_000)
-            return answer, f"{note}, kept for {ttl:.0f} s"
-        if call.method not in SAFE and ttl is not None:  # only so that offset can go on without sending it twice
-            self.cache.put(call.key, answer, ttl=PAGE_TTL, size=sys.getsizeof(answer.body.text) + 1_000)
-        return answer, "not cached"
+            note = f"{note}, kept for {ttl:.0f} s"
+        elif call.method not in SAFE and ttl is not None:  # only so that offset can go on without sending it twice
+            note, ttl = "not cached", PAGE_TTL
+        else:
+            return answer, "not cached"
+        self.cache.put(call.key, answer, ttl=ttl, size=sys.getsizeof(answer.body.text) + 1_000)
+        return answer, note
 
     async def _raise_http_error(self, response: httpx.Response, content_type: str) -> None:
         try:
