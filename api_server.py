@@ -356,8 +356,11 @@ class Masker:
 
     def _mask(self, text: str) -> str:
         escaped = self._escapes.search(text) is not None  # without it, looking for the plain forms is enough
+        # The pattern of a whole form takes milliseconds to compile; its start tells whether it can be there at all.
+        starts = {form[:MIN_SECRET] for form in self._forms} if escaped else ()
+        found = {start for start in starts if _pattern(start).search(text)}
         for form in self._forms:
-            if escaped or form in text or form.replace("+", "-").replace("/", "_") in text:
+            if form[:MIN_SECRET] in found or form in text or form.replace("+", "-").replace("/", "_") in text:
                 text = _pattern(form).sub(MASK, text)
         return text
 
@@ -440,18 +443,25 @@ def origin(url: httpx.URL) -> str:
     return f"{url.scheme}://{host}" + (f":{url.port}" if url.port is not None else "")
 
 
-def query_pairs(params: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def query_pairs(params: Mapping[str, Any], limit: int) -> Iterator[tuple[str, str]]:
     """Name and text of each query parameter; a list gives one pair for each item, null gives none."""
+    length = 0
     for name, value in params.items():
         for item in value if is_list(value) else [value]:
             if isinstance(item, bool):
-                yield name, "true" if item else "false"
+                text = "true" if item else "false"
             elif isinstance(item, str | int) or (isinstance(item, float) and math.isfinite(item)):
-                yield name, str(item)
-            elif item is not None:
+                text = str(item)
+            elif item is None:
+                continue
+            else:
                 raise ToolError(
                     f"params.{name[:50]} must be text, a number, true, false or a list of those; write it as text"
                 )
+            length += len(name) + len(text) + 2
+            if length > limit:  # encoding a million of them would hold up every other call for seconds
+                raise ToolError(f"the parameters are longer than the {limit:,} characters that can be sent; use fewer")
+            yield name, text
 
 
 @dataclass(frozen=True)
@@ -476,7 +486,10 @@ def encode_data(data: Any, form: bool) -> tuple[bytes | None, str]:
         if isinstance(data, str):
             content, content_type = data.encode(), "text/plain; charset=utf-8"
         elif form and is_object(data):
-            content, content_type = urlencode(list(query_pairs(data))).encode(), "application/x-www-form-urlencoded"
+            content, content_type = (
+                urlencode(list(query_pairs(data, MAX_REQUEST))).encode(),
+                "application/x-www-form-urlencoded",
+            )
         else:
             content_type = JSON_TYPE
             content = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
@@ -514,7 +527,7 @@ def build_call(root: str, method: str, endpoint: str, params: Mapping[str, Any],
         raise ToolError(f"{min(twice)[:50]!r} is in the endpoint's query and in params; give it once")
     try:
         place = "/" + quote(path.removeprefix("/"), safe="/%!$&'()*+,;=:@~") if path else ""
-        pairs = [*given, *query_pairs(params)]
+        pairs = [*given, *query_pairs(params, MAX_URL)]
         url = root + place + ("?" + urlencode(pairs, quote_via=quote) if pairs else "")
         content, content_type = encode_data(data, form)
         # Of equal names the order counts: ?sort=name&sort=age is another question than ?sort=age&sort=name.
@@ -1580,7 +1593,8 @@ def render(call: Call, answer: Answer, note: str, select: str, offset: int, max_
     text = body.text
     if select:
         if not body.json:
-            raise ToolError(f"select needs JSON, and this is {answer.content_type or 'of no type'}; leave select out")
+            what = "; ".join(body.facts) or answer.content_type or "of no type"
+            raise ToolError(f"select needs JSON, and the answer is {what}; leave select out")
         try:
             selected = select_json(load_json(text), select)
             if len(text) * (1 + select.count(",")) > MAX_REPEATED:

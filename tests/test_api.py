@@ -220,6 +220,9 @@ async def test_params_are_encoded_and_cannot_leave_the_query(tmp_path: Path) -> 
         ({"params": {"a": {"b": 1}}}, "params.a"),
         ({"params": {"a": "\ud800"}}, "surrogate"),
         ({"params": {"a": "x" * 9000}}, "8,000"),
+        ({"params": {"a": "ü" * 3000}}, "8,000"),
+        ({"params": {"a": [1] * 1_000_000}}, "8,000"),
+        ({"params": {str(number): 1 for number in range(100_000)}}, "8,000"),
         ({"endpoint": "/echo?a=1", "params": {"a": 2}}, "give it once"),
         ({"data": "x" * 1_000_001}, "1,000,000"),
         ({"data": {"a": "\ud800"}}, "data"),
@@ -1247,6 +1250,9 @@ async def test_select_is_bounded_and_needs_json(tmp_path: Path) -> None:
         assert "1,000,000 values" in await fails(client, "/big", select=f"[*].{{{fields}}}")
         site.on("/v1/text", reply("hello", content_type="text/plain"))
         assert "text/plain" in await fails(client, "/text", select="a")
+        for body, reason in {"": "no body", "{'a': 1}": "not valid JSON"}.items():
+            site.on("/v1/none", reply(body))
+            assert reason in await fails(client, "/none", select="a", use_cache=False)
 
 
 async def test_a_select_cannot_multiply_a_body(tmp_path: Path) -> None:
