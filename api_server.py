@@ -711,50 +711,31 @@ NO_CHARSETS = {"punycode", "idna", "unicode-escape", "raw-unicode-escape", "unde
 TEXT_TYPES = re.compile(r"text/|.*(json|xml|javascript|yaml|csv|urlencoded|graphql)")
 
 
-class Decompressor:
-    """Undoes gzip or deflate piece by piece and never produces more than it is asked for.
+async def read_body(response: httpx.Response, limit: int) -> tuple[bytes, bool]:
+    """The first `limit` bytes, decompressed, and whether that is all. Raises ToolError and httpx.RequestError.
 
     One piece of `httpx.Response.aiter_bytes` from a gzip bomb is 67 MB: the cap must hold inside the decoder.
     """
-
-    def __init__(self) -> None:
-        self._zlib = zlib.decompressobj(wbits=47)  # 47: gzip or zlib, whichever the header says
-        self.complete = True
-
-    def feed(self, piece: bytes, limit: int) -> bytes:
-        """At most `limit` bytes. Raises zlib.error."""
-        output = b""
-        while piece and len(output) < limit:
-            output += self._zlib.decompress(piece, limit - len(output))
-            self.complete = self._zlib.eof
-            if not self._zlib.eof:
-                break
-            piece = self._zlib.unused_data
-            if not piece.startswith(b"\x1f\x8b"):  # padding; only another gzip member goes on
-                break
-            self._zlib = zlib.decompressobj(wbits=47)
-        return output
-
-
-async def read_body(response: httpx.Response, limit: int) -> tuple[bytes, bool]:
-    """The first `limit` bytes, decompressed, and whether that is all. Raises ToolError and httpx.RequestError."""
     encoding = response.headers.get("content-encoding", "").strip()
     if encoding.lower() not in ("", "identity", "gzip", "x-gzip", "deflate"):
         shown = repr(encoding) if len(encoding) <= 40 else "something unknown"
         raise ToolError(f"the answer is compressed as {shown}, which was not asked for; try another endpoint")
-    decompressor = Decompressor() if encoding.lower() not in ("", "identity") else None
+    gzip_or_zlib = 47  # for wbits: whichever the header says
+    unzip = None if encoding.lower() in ("", "identity") else zlib.decompressobj(gzip_or_zlib)
     body, received = bytearray(), 0
     try:
         async for piece in response.aiter_raw():
-            room = limit + 1 - len(body)
-            body += decompressor.feed(piece, room) if decompressor else piece[:room]
             received += len(piece)
+            body += piece if unzip is None else unzip.decompress(piece, limit + 1 - len(body))
+            while unzip and unzip.unused_data.startswith(b"\x1f\x8b") and len(body) <= limit:  # another gzip member
+                piece, unzip = unzip.unused_data, zlib.decompressobj(gzip_or_zlib)
+                body += unzip.decompress(piece, limit + 1 - len(body))
             # What is received counts as well: zlib collects whatever follows the end of the data.
             if len(body) > limit or received > 2 * limit:
                 return bytes(body[:limit]), False
     except zlib.error:
         raise ToolError("the answer is not the gzip data that it claims to be; try another endpoint") from None
-    if decompressor and not decompressor.complete:
+    if unzip and received and not unzip.eof:
         raise ToolError("the compressed answer ends too early; call again")
     return bytes(body), True
 
