@@ -1368,11 +1368,16 @@ class Upstream:
             async with asyncio.timeout_at(deadline):
                 return await self._attempt(call, stale, deadline)
         except TimeoutError:
-            raise ToolError(
-                f"{self.name} did not finish its answer within {self._seconds:g} s; ask for less, or try again later"
-            ) from None
+            problem = f"{self.name} did not finish its answer within {self._seconds:g} s; "
+            raise ToolError(problem + self._advise(call, "ask for less, or try again later")) from None
         except (httpx.RequestError, OSError) as exc:
-            raise ToolError(self._describe(exc)) from None
+            raise ToolError(self._describe(call, exc)) from None
+
+    @staticmethod
+    def _advise(call: Call, advice: str) -> str:
+        """What to do after an answer was lost: a model that just tries again would order everything twice."""
+        doubt = f"the {call.method} may have had its effect: look before you send it again"
+        return advice if call.method in IDEMPOTENT else doubt
 
     async def _attempt(self, call: Call, stale: Answer | None, deadline: float) -> tuple[Answer, str]:
         """Send, and send again with growing, jittered pauses where that cannot do harm twice."""
@@ -1385,7 +1390,7 @@ class Upstream:
                 # Waiting for a connection once more must fit whole, or the model would not learn what was wrong.
                 needed = CONNECT_TIMEOUT if isinstance(exc, httpx.ConnectTimeout) else 0.0
                 if last or not self._fits(pause + needed, deadline):
-                    raise ToolError(self._describe(exc)) from None
+                    raise ToolError(self._describe(call, exc)) from None
             else:
                 try:
                     asked = retry_after(response) if response.status_code in (429, 503) else None
@@ -1537,7 +1542,7 @@ class Upstream:
         more = [f"{len(found) - MAX_HEADERS} more such headers"] if len(found) > MAX_HEADERS else []
         return [self._show(text, MAX_HEADER_TEXT) for text in found[:MAX_HEADERS]] + more
 
-    def _describe(self, exc: httpx.RequestError | OSError) -> str:
+    def _describe(self, call: Call, exc: httpx.RequestError | OSError) -> str:
         """One sentence for the model; the exception's own text may name hosts, proxies and header values."""
         match exc:
             case httpx.ConnectTimeout():
@@ -1545,11 +1550,12 @@ class Upstream:
             case httpx.PoolTimeout():
                 return f"{self.name} is busy: all {MAX_CONNECTIONS} connections are in use; try again in a few seconds"
             case httpx.TimeoutException():
-                return f"{self.name} sent nothing for {self._seconds:g} s; try again later"
+                return f"{self.name} sent nothing for {self._seconds:g} s; {self._advise(call, 'try again later')}"
             case httpx.ConnectError():
                 return f"{self.name} cannot be reached (name, connection or certificate refused); check its base_url"
             case _:
-                return f"{self.name} broke off the connection before its answer was complete; try again"
+                problem = f"{self.name} broke off the connection before its answer was complete; "
+                return problem + self._advise(call, "try again")
 
     def _open_pool(self) -> httpx.AsyncHTTPTransport:
         # Not httpx.AsyncClient: that keeps cookies between callers, sends keys to the proxy that the environment names

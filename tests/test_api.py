@@ -28,17 +28,19 @@ KEY = "sk-live/4fQ9+zX71L&mN=opQ22"
 ENVIRON = {"KEY": KEY, "BASIC": base64.b64encode(b"aladdin:open sesame 42").decode()}
 
 
-def config(tmp_path: Path, apis: dict[str, Any] | str) -> Config:
+def config(tmp_path: Path, apis: dict[str, Any] | str, **environ: str) -> Config:
     path = tmp_path / "apis.json"
     path.write_text(apis if isinstance(apis, str) else json.dumps(apis), encoding="utf-8")
-    return load_config(path, ENVIRON)
+    return load_config(path, ENVIRON | environ)
 
 
 @asynccontextmanager
-async def gateway(tmp_path: Path, site: Site, options: Options | None = None, **entry: Any) -> AsyncGenerator[Client]:
+async def gateway(
+    tmp_path: Path, site: Site, options: Options | None = None, key: str = KEY, **entry: Any
+) -> AsyncGenerator[Client]:
     """A client of a server with one API, "demo", at /v1 of the site."""
     entry = {"base_url": f"{site.url}/v1", "headers": {"X-API-Key": "${KEY}"}} | entry
-    async with Client(build_server(config(tmp_path, {"demo": entry}), options)) as client:
+    async with Client(build_server(config(tmp_path, {"demo": entry}, KEY=key), options)) as client:
         yield client
 
 
@@ -433,33 +435,18 @@ async def test_what_is_cut_is_masked_before(tmp_path: Path, answer: bytes) -> No
 
 
 async def test_a_host_is_not_shown_if_the_redirect_holds_a_key(tmp_path: Path) -> None:
-    path = tmp_path / "h.json"
-    async with Site() as site:
-        path.write_text(json.dumps({"demo": {"base_url": f"{site.url}/v1", "headers": {"X-Key": "${N}"}}}))
+    async with Site() as site, gateway(tmp_path, site, key="MixedCaseKey") as client:
         site.on("/v1/x", redirect("http://MixedCaseKey.evil.example/"))
-        async with Client(build_server(load_config(path, {"N": "MixedCaseKey"}))) as client:
-            assert "mixedcasekey" not in (await fails(client, "/x")).lower()
-
-
-async def test_a_long_json_is_masked_piece_by_piece_where_a_number_is_a_key(tmp_path: Path) -> None:
-    path = tmp_path / "n.json"
-    async with Site() as site:
-        path.write_text(json.dumps({"demo": {"base_url": f"{site.url}/v1", "headers": {"X-Key": "${N}"}}}))
-        site.on("/v1/x", reply(["n4455667788x", 4455667788, "\n4455667788"]))
-        async with Client(build_server(load_config(path, {"N": "4455667788"}))) as client:
-            assert split(await call(client, "/x"))[0] == '["n***x","***","\\n***"]'
+        assert "mixedcasekey" not in (await fails(client, "/x")).lower()
 
 
 async def test_masked_json_is_still_json_and_can_be_selected_from(tmp_path: Path) -> None:
     digits = "123456789012"
-    path = tmp_path / "n.json"
-    async with Site() as site:
-        path.write_text(json.dumps({"demo": {"base_url": f"{site.url}/v1", "headers": {"X-Key": "${N}"}}}))
+    async with Site() as site, gateway(tmp_path, site, key=digits) as client:
         site.on("/v1/n", reply(f'{{"id": {digits}, "f": {digits}.50, "list": [{digits}], "ok": 1.10}}'))
-        async with Client(build_server(load_config(path, {"N": digits}))) as client:
-            body, _ = split(await call(client, "/n"))
-            assert body == '{"id":"***","f":"***","list":["***"],"ok":1.10}'
-            assert split(await call(client, "/n", select="{ok,id}"))[0] == '{"ok":1.10,"id":"***"}'
+        body, _ = split(await call(client, "/n"))
+        assert body == '{"id":"***","f":"***","list":["***"],"ok":1.10}'
+        assert split(await call(client, "/n", select="{ok,id}"))[0] == '{"ok":1.10,"id":"***"}'
 
 
 async def test_an_error_tells_what_is_left_of_the_upstreams_limits(tmp_path: Path) -> None:
@@ -483,14 +470,9 @@ async def test_a_basic_credential_is_masked_decoded_too(tmp_path: Path) -> None:
 
 
 async def test_the_parts_of_a_value_are_masked_by_themselves(tmp_path: Path) -> None:
-    path = tmp_path / "p.json"
-    async with Site() as site:
-        headers = {"Authorization": "${WHOLE}"}
-        path.write_text(json.dumps({"demo": {"base_url": f"{site.url}/v1", "headers": headers}}))
+    async with Site() as site, gateway(tmp_path, site, key="Bearer secret-token-1") as client:
         site.on("/v1/x", reply({"got": "secret-token-1", "user": "somebody-else"}))
-        environ = {"WHOLE": "Bearer secret-token-1"}
-        async with Client(build_server(load_config(path, environ))) as client:
-            assert split(await call(client, "/x"))[0] == '{"got":"***","user":"somebody-else"}'
+        assert split(await call(client, "/x"))[0] == '{"got":"***","user":"somebody-else"}'
 
 
 async def test_a_key_across_the_border_of_two_pages_is_masked(tmp_path: Path) -> None:
@@ -979,6 +961,15 @@ async def test_a_hostile_answer_is_a_clear_error(tmp_path: Path, handler: Any, r
     async with Site() as site, gateway(tmp_path, site, timeout=1) as client:
         site.on("/v1/x", handler)
         assert reason in await asyncio.wait_for(fails(client, "/x"), 10)
+
+
+@pytest.mark.parametrize("handler", [drip, reset, reset_midway])
+async def test_a_lost_answer_to_a_post_is_no_invitation_to_post_again(tmp_path: Path, handler: Any) -> None:
+    async with Site() as site, gateway(tmp_path, site, timeout=1, methods=["POST", "PUT"]) as client:
+        site.on("/v1/x", handler)
+        assert "may have had its effect" in await fails(client, "/x", method="POST", data={"order": 1})
+        assert site.count("/v1/x") == 1
+        assert "try again" in await fails(client, "/x", method="PUT", data={"order": 1})
 
 
 async def test_a_gzip_bomb_does_not_grow_the_memory(tmp_path: Path) -> None:
