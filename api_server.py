@@ -203,9 +203,9 @@ def build_server(
         offset: Offset = 0,
     ) -> str:
         """Call an API and return the body (JSON compact), then one line in brackets: status, type, cache state, page
-        and rate-limit headers, what was cut. A cut body continues with offset, without a second request. Use select
-        to get only the fields needed: a path, [*] for each item, {a,b} for several fields. An HTTP error is an error
-        that shows the start of its body."""
+        and rate-limit headers, what was cut. A cut body continues with offset, if it was kept without a second
+        request. Use select to get only the fields needed: a path, [*] for each item, {a,b} for several fields. An HTTP
+        error is an error that shows the start of its body."""
         upstream = find(api)
         if select:
             parse_parts(select)  # before anything is sent
@@ -222,7 +222,8 @@ def build_server(
         offset: Offset = 0,
     ) -> str:
         """Look an API up in its OpenAPI file: with search, the operations that match; with endpoint, that operation's
-        parameters, request body and answers (? marks optional fields); with neither, the file's tags."""
+        parameters, request body and answers (? marks optional fields); with neither, the file's tags. A cut text
+        continues with offset."""
         upstream = find(api)
         if upstream.spec is None:
             raise ToolError(
@@ -665,7 +666,8 @@ def parse_api(name: str, entry: Any, folder: Path, environ: Mapping[str, str]) -
         api = Api.model_validate(entry)
     except ValidationError as exc:
         error = exc.errors(include_url=False, include_input=False)[0]
-        place = "".join(f"{part}: " for part in [".".join(str(part) for part in error["loc"])] if part)
+        place = ".".join(map(str, error["loc"]))
+        place = f"{place}: " if place else ""
         if error["type"] == "extra_forbidden":
             raise ConfigError(f"{place}unknown key; the keys are {', '.join(Api.model_fields)}") from None
         raise ConfigError(f"{place}{error['msg'][0].lower()}{error['msg'][1:]}") from None
@@ -1452,7 +1454,8 @@ class Upstream:
             shown = origin(target) if self._mask(location) == location else "an address with a key in it"
             where = f"another origin, {shown}"
             if origin(target) == origin(self.base_url):
-                where = f"{self._show(target.path, 200)}, which is outside its base path or hides where it leads"
+                path = target.raw_path.decode().partition("?")[0]
+                where = f"{self._show(path, 200)}, which is outside its base path or hides where it leads"
             raise ToolError(
                 f"{self.name} redirects to {where}: nothing was sent there, because its keys are for {self.base_url}; "
                 "if you need it, it must be configured as an API of its own"
