@@ -1318,6 +1318,8 @@ class Upstream:
         self._flights: dict[bytes, Flight] = {}
         # A little less than the time every tool has, so that it is this message that the model reads.
         self._seconds = min(self.api.timeout, TIME_LIMIT - 0.5)
+        timeout = httpx.Timeout(self._seconds, connect=min(CONNECT_TIMEOUT, self._seconds))
+        self._extensions = {"timeout": timeout.as_dict()}
 
     @property
     def limits_left(self) -> str:
@@ -1419,10 +1421,7 @@ class Upstream:
         for _ in range(MAX_REDIRECTS + 1):
             require_inside(self.base_url, url)
             await self._take_token(deadline)
-            timeouts = {"connect": min(CONNECT_TIMEOUT, self._seconds)} | dict.fromkeys(
-                ("read", "write", "pool"), self._seconds
-            )
-            request = httpx.Request(method, url, headers=headers, content=content, extensions={"timeout": timeouts})
+            request = httpx.Request(method, url, headers=headers, content=content, extensions=self._extensions)
             response = await self._open_pool().handle_async_request(request)
             response.request = request
             if response.status_code not in (301, 302, 303, 307, 308) or "location" not in response.headers:
@@ -1495,15 +1494,14 @@ class Upstream:
             for header, source in (("If-None-Match", "etag"), ("If-Modified-Since", "last-modified"))
             if source in response.headers and response.headers[source].isascii()
         }
-        # A POST that was answered with a redirect may look as if it had returned what a GET shows.
-        moved: tuple[str, ...] = ()
-        if response.request.method != call.method:
-            moved = (f"the {call.method} was redirected: this answers {self._asked(response)}",)
+        facts = self._passed_on(response.headers)
+        if response.request.method != call.method:  # otherwise it looks as if the POST had returned what a GET shows
+            facts.insert(0, f"the {call.method} was redirected: this answers {self._asked(response)}")
         answer = Answer(
             response.status_code,
             await in_thread_if_long(body, read_text, body, content_type, self._mask),
             content_type,
-            (*moved, *self._passed_on(response.headers)),
+            tuple(facts),
             validators,
             ttl,
         )
