@@ -17,6 +17,7 @@ import argparse
 import asyncio
 import base64
 import binascii
+import codecs
 import hashlib
 import json
 import logging
@@ -28,9 +29,10 @@ import sys
 import time
 import unicodedata
 import zlib
+from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -78,8 +80,10 @@ PAGE_TTL = 300.0  # seconds for which the rest of a cut answer that may not be r
 MAX_ERROR_BODY = 64_000  # bytes of an error's body that are read
 MAX_ERROR_TEXT = 800  # characters of it that are shown
 MAX_HEADER_TEXT = 1_000  # characters of one response header that are passed on
+MAX_HEADERS = 10  # response headers that are passed on
 MIN_SECRET = 4  # characters; masking a shorter text would riddle every answer
 MAX_VISITS = 1_000_000  # values one select may look at: about half a second
+MAX_REPEATED = 2 * MAX_BODY  # characters that a select may make out of an answer
 MAX_MATCHES = 15  # operations in one search result: a few hundred tokens
 MAX_SPEC = 64_000_000  # bytes of an OpenAPI file
 SCHEMA_DEPTH, SCHEMA_FIELDS = 6, 250  # of one operation's schemas
@@ -117,6 +121,7 @@ class ApiList(BaseModel):
 # What the model sees. Each tool checks its arguments, calls what stands below it in this file, and returns.
 
 ApiName = Annotated[str, Field(description="name from list_apis", max_length=64)]
+Offset = Annotated[int, Field(description="first character shown", ge=0, strict=True)]
 
 
 def build_server(
@@ -190,17 +195,17 @@ def build_server(
         endpoint: Annotated[str, Field(description="path below the base URL: /users/42", max_length=2_000)],
         method: Annotated[str, Field(description="one that list_apis shows", max_length=10)] = "GET",
         params: Annotated[dict[str, Any] | None, Field(description="query; a list repeats the name")] = None,
-        data: Annotated[Any, Field(description="request body, sent as JSON; a string as plain text")] = None,
+        data: Annotated[Any, Field(description="request body: JSON; other text is sent as plain text")] = None,
         use_cache: Annotated[bool, Field(description="false: ask the API anew", strict=True)] = True,
         select: Annotated[
             str, Field(description="part of a JSON body: items[0].name, items[*].{id,owner.login}", max_length=500)
         ] = "",
-        offset: Annotated[int, Field(description="first character shown", ge=0, strict=True)] = 0,
+        offset: Offset = 0,
     ) -> str:
         """Call an API and return the body (JSON compact), then one line in brackets: status, type, cache state, page
-        and rate-limit headers, what was cut. A cut body continues with offset, without a second request. Use select
-        to get only the fields needed: a path, [*] for each item, {a,b} for several fields. An HTTP error is an error
-        that shows the start of its body."""
+        and rate-limit headers, what was cut. A cut body continues with offset, if it was kept without a second
+        request. Use select to get only the fields needed: a path, [*] for each item, {a,b} for several fields. An HTTP
+        error is an error that shows the start of its body."""
         upstream = find(api)
         if select:
             parse_parts(select)  # before anything is sent
@@ -214,9 +219,11 @@ def build_server(
         api: ApiName,
         search: Annotated[str, Field(description="words, such as: list issues", max_length=200)] = "",
         endpoint: Annotated[str, Field(description="GET /users/{id}, or an operation's name", max_length=2_000)] = "",
+        offset: Offset = 0,
     ) -> str:
         """Look an API up in its OpenAPI file: with search, the operations that match; with endpoint, that operation's
-        parameters, request body and answers (? marks optional fields); with neither, the file's tags."""
+        parameters, request body and answers (? marks optional fields); with neither, the file's tags. A cut text
+        continues with offset."""
         upstream = find(api)
         if upstream.spec is None:
             raise ToolError(
@@ -225,11 +232,7 @@ def build_server(
         if search and endpoint:
             raise ToolError("give search or endpoint, not both")
         text = upstream.spec.describe(endpoint) if endpoint else upstream.spec.search(search)
-        if options.max_output and len(text) > options.max_output:
-            shown = text[: max(options.max_output - 100, 1)]
-            cut = f"characters 1-{len(shown)} of {len(text)} shown; ask for one operation: METHOD /path"
-            return shown + "\n" + trailer(cut)
-        return text
+        return show_part(text, [], offset, options.max_output)
 
     return server
 
@@ -248,11 +251,6 @@ T = TypeVar("T")
 def is_object(value: object) -> TypeGuard[dict[str, Any]]:
     """Whether a JSON value is an object."""
     return isinstance(value, dict)
-
-
-def is_structure(value: object) -> bool:
-    """Whether a JSON value is an object or a list."""
-    return isinstance(value, dict | list)
 
 
 def is_list(value: object) -> TypeGuard[list[Any]]:
@@ -275,9 +273,20 @@ def load_json(text: str) -> Any:
     return json.loads(text, parse_float=number)
 
 
+def is_json(text: str) -> bool:
+    """Whether the text can be parsed."""
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
+
+
 def dump_json(value: Any) -> str:
-    """Compact JSON, characters as they are."""
+    """Compact JSON, characters as they are; a lone surrogate, which cannot be sent, as its escape."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    if not text.isascii():  # escaped here and not when it is sent, so that max_output counts what is sent
+        text = text.encode("utf-8", "backslashreplace").decode()
     return _EXACT_JSON.sub(r"\1", text) if "\\u0000" in text else text
 
 
@@ -348,8 +357,11 @@ class Masker:
 
     def _mask(self, text: str) -> str:
         escaped = self._escapes.search(text) is not None  # without it, looking for the plain forms is enough
+        # The pattern of a whole form takes milliseconds to compile; its start tells whether it can be there at all.
+        starts = {form[:MIN_SECRET] for form in self._forms} if escaped else ()
+        found = {start for start in starts if _pattern(start).search(text)}
         for form in self._forms:
-            if escaped or form in text or form.replace("+", "-").replace("/", "_") in text:
+            if form[:MIN_SECRET] in found or form in text or form.replace("+", "-").replace("/", "_") in text:
                 text = _pattern(form).sub(MASK, text)
         return text
 
@@ -417,17 +429,12 @@ def refuse_stage(stage: str) -> None:
             raise ToolError(f"endpoint holds a dot segment ({segment[:20]!r}); {ADVICE}")
 
 
-def require_inside(base: httpx.URL, url: httpx.URL, name: str) -> None:
+def require_inside(base: httpx.URL, url: httpx.URL) -> None:
     """The last check before every request, of the very URL that is sent. Raises ToolError."""
-    if origin(url) != origin(base) or url.userinfo:
-        raise ToolError(
-            f"{name} redirects to another origin, {origin(url)}: nothing was sent there, because its keys belong to "
-            f"{origin(base)}; if you need it, it must be configured as an API of its own"
-        )
     root = base.raw_path.rstrip(b"/")
     path = url.raw_path.partition(b"?")[0]
-    if path != root and not path.startswith(root + b"/"):
-        raise ToolError(f"{name} leads to {path.decode()[:200]}, outside its base path {root.decode()}/; not followed")
+    if origin(url) != origin(base) or url.userinfo or (path != root and not path.startswith(root + b"/")):
+        raise ToolError(f"endpoint leads out of {base}; {ADVICE}")
     refuse_escape(path[len(root) :].decode())
 
 
@@ -437,18 +444,25 @@ def origin(url: httpx.URL) -> str:
     return f"{url.scheme}://{host}" + (f":{url.port}" if url.port is not None else "")
 
 
-def query_pairs(params: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def query_pairs(params: Mapping[str, Any], limit: int) -> Iterator[tuple[str, str]]:
     """Name and text of each query parameter; a list gives one pair for each item, null gives none."""
+    length = 0
     for name, value in params.items():
         for item in value if is_list(value) else [value]:
             if isinstance(item, bool):
-                yield name, "true" if item else "false"
+                text = "true" if item else "false"
             elif isinstance(item, str | int) or (isinstance(item, float) and math.isfinite(item)):
-                yield name, str(item)
-            elif item is not None:
+                text = str(item)
+            elif item is None:
+                continue
+            else:
                 raise ToolError(
                     f"params.{name[:50]} must be text, a number, true, false or a list of those; write it as text"
                 )
+            length += len(name) + len(text) + 2
+            if length > limit:  # encoding a million of them would hold up every other call for seconds
+                raise ToolError(f"the parameters are longer than the {limit:,} characters that can be sent; use fewer")
+            yield name, text
 
 
 @dataclass(frozen=True)
@@ -456,10 +470,13 @@ class Call:
     """One request as it will be sent, and the key under which its answer is kept."""
 
     method: str
-    url: httpx.URL
+    url: str
     content: bytes | None
     content_type: str
     key: bytes
+
+
+CANONICAL = json.JSONEncoder(sort_keys=True)  # made once; json.dumps makes one for each call
 
 
 def encode_data(data: Any, form: bool) -> tuple[bytes | None, str]:
@@ -470,7 +487,10 @@ def encode_data(data: Any, form: bool) -> tuple[bytes | None, str]:
         if isinstance(data, str):
             content, content_type = data.encode(), "text/plain; charset=utf-8"
         elif form and is_object(data):
-            content, content_type = urlencode(list(query_pairs(data))).encode(), "application/x-www-form-urlencoded"
+            content, content_type = (
+                urlencode(list(query_pairs(data, MAX_REQUEST))).encode(),
+                "application/x-www-form-urlencoded",
+            )
         else:
             content_type = JSON_TYPE
             content = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
@@ -481,33 +501,43 @@ def encode_data(data: Any, form: bool) -> tuple[bytes | None, str]:
     return content, content_type
 
 
-def build_call(base: httpx.URL, method: str, endpoint: str, params: Mapping[str, Any], data: Any, form: bool) -> Call:
-    """Check and encode what the model gave. Raises ToolError; nothing has been sent by then."""
+def parse_query(query: str) -> list[tuple[str, str]]:
+    """The parameters in an endpoint's query. Raises ToolError."""
+    try:
+        pairs = parse_qsl(query, keep_blank_values=True, errors="strict")
+    except UnicodeDecodeError:  # read loosely, they would be sent as another character
+        raise ToolError("endpoint's query holds percent-encoded bytes that are not UTF-8; write them as text") from None
+    if re.search(r"[\x00-\x1f\x7f]", unquote(query)):
+        raise ToolError("endpoint holds a control character in its query; give such a value in params")
+    return pairs
+
+
+def build_call(root: str, method: str, endpoint: str, params: Mapping[str, Any], data: Any, form: bool) -> Call:
+    """Check and encode what the model gave; `root` is the base URL without a slash at its end. Raises ToolError.
+
+    A cache hit costs little more than this: what only a request needs, such as parsing the URL, is done with it.
+    """
     if "#" in endpoint:
         raise ToolError(f"endpoint holds a #, which is never sent; write %23 for the character, or {ADVICE}")
     if endpoint != endpoint.strip():
         raise ToolError(f"endpoint begins or ends with white space; {ADVICE}")
     path, _, query = endpoint.partition("?")
     refuse_escape(path)
-    refuse_controls = re.search(r"[\x00-\x1f\x7f]", unquote(query))
-    if refuse_controls:
-        raise ToolError("endpoint holds a control character in its query; give such a value in params")
-    given = parse_qsl(query, keep_blank_values=True)
+    given = parse_query(query) if query else []
     if twice := {name for name, _ in given} & params.keys():
         raise ToolError(f"{min(twice)[:50]!r} is in the endpoint's query and in params; give it once")
     try:
-        encoded = quote(path.removeprefix("/"), safe="/%!$&'()*+,;=:@~")
-        search = urlencode([*given, *query_pairs(params)], quote_via=quote)
+        place = "/" + quote(path.removeprefix("/"), safe="/%!$&'()*+,;=:@~") if path else ""
+        pairs = [*given, *query_pairs(params, MAX_URL)]
+        url = root + place + ("?" + urlencode(pairs, quote_via=quote) if pairs else "")
         content, content_type = encode_data(data, form)
-        key = json.dumps([method, encoded, sorted(given), params, data], sort_keys=True).encode()
+        # Of equal names the order counts: ?sort=name&sort=age is another question than ?sort=age&sort=name.
+        given.sort(key=lambda pair: pair[0])
+        key = CANONICAL.encode([method, place, given, params, data]).encode()
     except UnicodeEncodeError:
         raise ToolError("params hold broken Unicode (half of a surrogate pair); leave it out") from None
-    root = str(base).rstrip("/")
-    text = root + (f"/{encoded}" if path else "") + (f"?{search}" if search else "")
-    if len(text) > MAX_URL:
-        raise ToolError(f"the URL would be {len(text):,} characters long; the limit is {MAX_URL:,}; use fewer params")
-    url = httpx.URL(text)
-    require_inside(base, url, "endpoint")
+    if len(url) > MAX_URL:
+        raise ToolError(f"the URL would be {len(url):,} characters long; the limit is {MAX_URL:,}; use fewer params")
     return Call(method, url, content, content_type, hashlib.sha256(key).digest())
 
 
@@ -545,6 +575,8 @@ def parse_base_url(text: str) -> httpx.URL:
         raise ConfigError(f"base_url: {str(exc).lower()}") from None
     if url.scheme not in ("http", "https") or not url.host:
         raise ConfigError("base_url: must begin with http:// or https:// and name a host")
+    if url.port is not None and not 0 < url.port < 65_536:
+        raise ConfigError(f"base_url: {url.port} is no port")
     if url.userinfo or "@" in text.partition("://")[2].partition("/")[0]:
         raise ConfigError("base_url: holds a user or password; put them into a header, from ${A_VARIABLE}")
     if "?" in text or "#" in text:
@@ -634,7 +666,8 @@ def parse_api(name: str, entry: Any, folder: Path, environ: Mapping[str, str]) -
         api = Api.model_validate(entry)
     except ValidationError as exc:
         error = exc.errors(include_url=False, include_input=False)[0]
-        place = "".join(f"{part}: " for part in [".".join(str(part) for part in error["loc"])] if part)
+        place = ".".join(map(str, error["loc"]))
+        place = f"{place}: " if place else ""
         if error["type"] == "extra_forbidden":
             raise ConfigError(f"{place}unknown key; the keys are {', '.join(Api.model_fields)}") from None
         raise ConfigError(f"{place}{error['msg'][0].lower()}{error['msg'][1:]}") from None
@@ -675,50 +708,36 @@ def load_config(path: Path, environ: Mapping[str, str]) -> Config:
 
 # ---------------------------------------------------------------------------------------------------------- bodies
 
+# Codecs that are no charsets: punycode would take hours over an answer of 5 MB, and none of them is ever meant.
+NO_CHARSETS = {"punycode", "idna", "unicode-escape", "raw-unicode-escape", "undefined"}
 TEXT_TYPES = re.compile(r"text/|.*(json|xml|javascript|yaml|csv|urlencoded|graphql)")
 
 
-class Decompressor:
-    """Undoes gzip or deflate piece by piece and never produces more than it is asked for.
+async def read_body(response: httpx.Response, limit: int) -> tuple[bytes, bool]:
+    """The first `limit` bytes, decompressed, and whether that is all. Raises ToolError and httpx.RequestError.
 
     One piece of `httpx.Response.aiter_bytes` from a gzip bomb is 67 MB: the cap must hold inside the decoder.
     """
-
-    def __init__(self) -> None:
-        self._zlib = zlib.decompressobj(wbits=47)  # 47: gzip or zlib, whichever the header says
-        self.complete = True
-
-    def feed(self, piece: bytes, limit: int) -> bytes:
-        """At most `limit` bytes. Raises zlib.error."""
-        output = b""
-        while piece and len(output) < limit:
-            output += self._zlib.decompress(piece, limit - len(output))
-            self.complete = self._zlib.eof
-            if not self._zlib.eof:
-                break
-            piece = self._zlib.unused_data
-            if not piece.startswith(b"\x1f\x8b"):  # padding; only another gzip member goes on
-                break
-            self._zlib = zlib.decompressobj(wbits=47)
-        return output
-
-
-async def read_body(response: httpx.Response, limit: int) -> tuple[bytes, bool]:
-    """The first `limit` bytes, decompressed, and whether that is all. Raises ToolError and httpx.RequestError."""
-    encoding = response.headers.get("content-encoding", "").strip().lower()
-    if encoding not in ("", "identity", "gzip", "x-gzip", "deflate"):
-        raise ToolError(f"the answer is compressed as {encoding[:40]!r}, which was not asked for and cannot be read")
-    decompressor = Decompressor() if encoding not in ("", "identity") else None
-    body = bytearray()
+    encoding = response.headers.get("content-encoding", "").strip()
+    if encoding.lower() not in ("", "identity", "gzip", "x-gzip", "deflate"):
+        shown = repr(encoding) if len(encoding) <= 40 else "something unknown"
+        raise ToolError(f"the answer is compressed as {shown}, which was not asked for; try another endpoint")
+    gzip_or_zlib = 47  # for wbits: whichever the header says
+    unzip = None if encoding.lower() in ("", "identity") else zlib.decompressobj(gzip_or_zlib)
+    body, received = bytearray(), 0
     try:
         async for piece in response.aiter_raw():
-            room = limit + 1 - len(body)
-            body += decompressor.feed(piece, room) if decompressor else piece[:room]
-            if len(body) > limit:
+            received += len(piece)
+            body += piece if unzip is None else unzip.decompress(piece, limit + 1 - len(body))
+            while unzip and unzip.unused_data.startswith(b"\x1f\x8b") and len(body) <= limit:  # another gzip member
+                piece, unzip = unzip.unused_data, zlib.decompressobj(gzip_or_zlib)
+                body += unzip.decompress(piece, limit + 1 - len(body))
+            # What is received counts as well: zlib collects whatever follows the end of the data.
+            if len(body) > limit or received > 2 * limit:
                 return bytes(body[:limit]), False
     except zlib.error:
         raise ToolError("the answer is not the gzip data that it claims to be; try another endpoint") from None
-    if decompressor and not decompressor.complete:
+    if unzip and received and not unzip.eof:
         raise ToolError("the compressed answer ends too early; call again")
     return bytes(body), True
 
@@ -728,6 +747,8 @@ def decode_text(body: bytes, content_type: str) -> tuple[str | None, list[str]]:
     is_json = "json" in content_type.lower()
     declared = re.search(r"charset=[\"']?([\w.:-]{1,40})", content_type, re.IGNORECASE)
     charset = declared[1].lower() if declared else ""
+    with suppress(LookupError):
+        charset = "" if codecs.lookup(charset).name.replace("_", "-") in NO_CHARSETS else charset
     # What is valid UTF-8 is UTF-8, whatever the header says, unless the header names an encoding that only looks so.
     guess = json.detect_encoding(body) if is_json or body[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
     if (b"\0" in body and guess == "utf-8-sig") or (charset.startswith(("iso-2022", "utf-7")) and not is_json):
@@ -777,7 +798,9 @@ def read_text(body: bytes, content_type: str, mask: Masker) -> Body:
         try:
             value = load_json(text)
             compact = dump_json(value)
-            masked = compact if mask(compact) == compact else dump_json(mask.json(value))
+            masked = mask(compact)
+            if masked != compact and not is_json(masked):  # a number was masked, or the half of an escape
+                masked = dump_json(mask.json(value))
             return Body(masked, True, tuple(facts))
         except ValueError as exc:
             where = f" (character {exc.pos})" if isinstance(exc, json.JSONDecodeError) else ""
@@ -818,7 +841,7 @@ Step = str | int | Each | Fields
 
 def parse_select(text: str) -> tuple[Step, ...]:
     """The steps of one path, with no comma outside braces. Raises ToolError."""
-    text = text.strip().removeprefix("$")
+    text = re.sub(r"^\$(?=[.[]|$)", "", text.strip())
     steps: list[Step] = []
     position = 0
     while position < len(text):
@@ -836,6 +859,8 @@ def parse_select(text: str) -> tuple[Step, ...]:
             case _:
                 steps.append(found if match.lastgroup == "quoted" else found.strip())
         position = match.end()
+        if position < len(text) and isinstance(steps[-1], Fields):
+            raise ToolError(f"select goes on behind {{...}}, which must be its end; {SELECT_ADVICE}")
     return tuple(steps)
 
 
@@ -922,6 +947,21 @@ def parse_parts(select: str) -> list[str]:
     return parts
 
 
+def refuse_repetition(value: Any) -> None:
+    """Raise ToolError for a value that is larger than any answer: {a,$.a,["a"]} holds the same text three times, and
+    500 characters of that would take a gigabyte."""
+    length, rest = 0, [value]
+    while rest:
+        item = rest.pop()
+        length += len(item) if isinstance(item, str) else 1
+        if is_object(item):
+            rest += [*item, *item.values()]
+        elif is_list(item):
+            rest += item
+        if length + len(rest) > MAX_REPEATED:
+            raise ToolError("select takes the same parts several times, which is too long; choose fewer fields")
+
+
 def select_json(value: Any, select: str) -> Any:
     """The part of a JSON value that `select` names. Raises ToolError."""
     parts = parse_parts(select)
@@ -957,17 +997,15 @@ class Operation:
     head: str
     text: str
 
-    @property
-    def line(self) -> str:
-        """The operation in one line."""
-        summary = " ".join(str(self.spec.get("summary") or self.spec.get("description") or "").split())
-        name = f" ({self.spec['operationId']})" if "operationId" in self.spec else ""
-        return f"{self.method} {self.path}{': ' if summary else ''}{clip(summary, 100)}{name}"
-
 
 def as_object(value: object) -> dict[str, Any]:
     """The value if it is an object, else an empty one: a broken file must not break the server."""
     return value if is_object(value) else {}
+
+
+def as_list(value: object) -> list[Any]:
+    """The value if it is a list, else an empty one."""
+    return value if is_list(value) else []
 
 
 class OpenApi:
@@ -975,11 +1013,9 @@ class OpenApi:
 
     def __init__(self, path: Path, methods: Sequence[str]) -> None:
         try:
-            with path.open("rb") as file:
-                data = file.read(MAX_SPEC + 1)
-            if len(data) > MAX_SPEC:
+            if path.stat().st_size > MAX_SPEC:
                 raise ConfigError(f"openapi: {path} is larger than {MAX_SPEC:,} bytes")
-            self._spec = as_object(json.loads(data))
+            self._spec = as_object(json.loads(path.read_bytes()))
         except OSError as exc:
             raise ConfigError(f"openapi: cannot read {path}: {exc.strerror}") from None
         except (ValueError, RecursionError):
@@ -992,28 +1028,21 @@ class OpenApi:
     def _index(self) -> Iterator[Operation]:
         for path, item in as_object(self._spec.get("paths")).items():
             item = as_object(self._resolve(item))
-            shared = item.get("parameters")
             for method in METHODS:
                 if is_object(spec := item.get(method.lower())):
-                    tags = spec.get("tags")
                     head = f"{method} {path} {spec.get('operationId', '')} {spec.get('summary', '')}".lower()
-                    text = f"{head} {tags if is_list(tags) else ''} {str(spec.get('description', ''))[:2000]}".lower()
-                    yield Operation(method, path, spec, shared if is_list(shared) else [], head, text)
+                    text = f"{head} {as_list(spec.get('tags'))} {str(spec.get('description', ''))[:2000]}".lower()
+                    yield Operation(method, path, spec, as_list(item.get("parameters")), head, text)
 
     def _overview(self) -> str:
-        """What the file describes, and its tags."""
+        """What the file describes, and its operations if they are few, or else their tags."""
         info = as_object(self._spec.get("info"))
-        counts: dict[str, int] = {}
-        for operation in self.operations:
-            tags = operation.spec.get("tags")
-            for tag in tags if is_list(tags) else []:
-                counts[str(tag)] = counts.get(str(tag), 0) + 1
-        lines = [f"{info.get('title', 'API')} {info.get('version', '')}: {len(self.operations)} operations"]
+        title = f"{info.get('title', 'API')} {info.get('version', '')}: {len(self.operations)} operations"
         if len(self.operations) <= MAX_MATCHES:
-            return "\n".join([*lines, *(self._mark(operation) for operation in self.operations)])
-        tags_line = ", ".join(f"{tag} ({count})" for tag, count in sorted(counts.items())[:60])
-        more = " …" if len(counts) > 60 else ""
-        return "\n".join([*lines, f"tags: {tags_line or 'none'}{more}", trailer("give search, or endpoint")])
+            return "\n".join([title, *(self._line(operation) for operation in self.operations)])
+        counts = Counter(str(tag) for operation in self.operations for tag in as_list(operation.spec.get("tags")))
+        tags = ", ".join(f"{tag} ({count})" for tag, count in sorted(counts.items())[:60]) or "none"
+        return "\n".join([title, f"tags: {tags}{' …' * (len(counts) > 60)}", trailer("give search, or endpoint")])
 
     def search(self, query: str) -> str:
         """The operations that hold every word of the query, or else some of them; the best first. All tags for none."""
@@ -1021,23 +1050,28 @@ class OpenApi:
         words = [word.removesuffix("s") if len(word) > 3 else word for word in query.lower().split()[:10]]
         if not words:
             return self._overview()
-        ranked: list[tuple[int, int, int, Operation]] = []
-        for operation in self.operations:
-            found = sum(word in operation.text for word in words)
-            if found:
-                ranked.append((-found, -sum(word in operation.head for word in words), len(operation.path), operation))
-        best = [rank for rank in ranked if -rank[0] == len(words)]
-        facts = [] if best or not ranked else ["no operation holds every word of the search; these hold some"]
-        matches = [rank[3] for rank in sorted(best or ranked, key=lambda rank: rank[:3])]
+
+        def rank(operation: Operation) -> tuple[int, int, int]:
+            found, in_head = (sum(word in text for word in words) for text in (operation.text, operation.head))
+            return -found, -in_head, len(operation.path)
+
+        some = sorted((o for o in self.operations if any(word in o.text for word in words)), key=rank)
+        best = [o for o in some if all(word in o.text for word in words)]
+        facts = [] if best else ["no operation holds every word of the search; these hold some"]
+        matches = best or some
         if not matches:
             return trailer(f"no operation of {len(self.operations)} matches; try other words, or none for the tags")
         if len(matches) > MAX_MATCHES:
             facts.insert(0, f"{MAX_MATCHES} of {len(matches)} operations shown; add words to narrow the search")
-        lines = [self._mark(operation) for operation in matches[:MAX_MATCHES]]
+        lines = [self._line(operation) for operation in matches[:MAX_MATCHES]]
         return "\n".join([*lines, trailer(*facts, 'endpoint="METHOD /path" shows one in full')])
 
-    def _mark(self, operation: Operation) -> str:
-        return operation.line + ("" if operation.method in self._methods else " [method not allowed here]")
+    def _line(self, operation: Operation) -> str:
+        spec = operation.spec
+        summary = clip(str(spec.get("summary") or spec.get("description") or ""), 100)
+        name = f" ({spec['operationId']})" if "operationId" in spec else ""
+        mark = "" if operation.method in self._methods else " [method not allowed here]"
+        return f"{operation.method} {operation.path}{': ' if summary else ''}{summary}{name}{mark}"
 
     def describe(self, endpoint: str) -> str:
         """Parameters and schemas of the operations at `endpoint`: [METHOD] /path (concrete, too) or an operationId."""
@@ -1068,11 +1102,10 @@ class OpenApi:
 
     def _details(self, operation: Operation, shape: "Shape") -> Iterator[str]:
         spec = operation.spec
-        yield self._mark(operation)
+        yield self._line(operation)
         if spec.get("description"):
             yield clip(str(spec["description"]), 600)
-        parameters = spec.get("parameters")
-        for given in [*operation.shared, *(parameters if is_list(parameters) else [])]:
+        for given in [*operation.shared, *as_list(spec.get("parameters"))]:
             parameter = as_object(self._resolve(given))
             place = str(parameter.get("in", "?"))
             facts = [place, dump_json(shape.of(parameter.get("schema", True))).strip('"')]
@@ -1132,38 +1165,46 @@ class Shape:
         if depth == 0 or self._fields < 0:
             self.cut = True
             return "…"
-        for key in ("oneOf", "anyOf"):
-            if is_list(choices := schema.get(key)):
-                shapes = [self.of(choice, depth - 1, seen) for choice in choices[:20]] + ["…"] * (len(choices) > 20)
-                return {key: shapes} if any(map(is_structure, shapes)) else " | ".join(dict.fromkeys(shapes))
         if is_list(schema.get("allOf")) or is_object(schema.get("properties")):
-            return self._object(schema, depth, seen)
+            shape = self._object(schema, depth, seen)
+            # Beside properties, choices often say no more than which of them are required together.
+            choices = self._choices(schema, depth, seen)
+            return shape | choices if is_object(shape) and is_object(choices) else shape
+        if (choices := self._choices(schema, depth, seen)) is not None:
+            return choices
         if "items" in schema:
             return [self.of(schema["items"], depth - 1, seen)]
         if is_object(schema.get("additionalProperties")):
             return {"<any name>": self.of(schema["additionalProperties"], depth - 1, seen)}
-        if is_list(values := [schema["const"]] if "const" in schema else schema.get("enum")):
+        if values := [schema["const"]] if "const" in schema else as_list(schema.get("enum")):
             return " | ".join(clip(str(value), 40) for value in values[:20]) + (" | …" if len(values) > 20 else "")
         kind = schema.get("type", "any")
         name = "|".join(str(one) for one in kind) if is_list(kind) else str(kind)
         default = f" = {clip(str(schema['default']), 40)}" if "default" in schema else ""
         return name + (f" ({schema['format']})" if "format" in schema else "") + default
 
+    def _choices(self, schema: Mapping[str, Any], depth: int, seen: frozenset[str]) -> dict[str, Any] | str | None:
+        for key in ("oneOf", "anyOf"):
+            if is_list(choices := schema.get(key)):
+                shapes = [self.of(choice, depth - 1, seen) for choice in choices[:20]] + ["…"] * (len(choices) > 20)
+                structures = any(isinstance(shape, dict | list) for shape in shapes)
+                return {key: shapes} if structures else " | ".join(dict.fromkeys(shapes))
+        return None
+
     def _object(self, schema: Mapping[str, Any], depth: int, seen: frozenset[str]) -> Any:
         merged: dict[str, Any] = {}
-        required = schema.get("required")
+        required = as_list(schema.get("required"))
         for name, item in as_object(schema.get("properties")).items():
             if self._fields <= 0:
                 self.cut = True
                 return merged | {"…": "…"}
-            optional = "" if is_list(required) and name in required else "?"
-            merged[name + optional] = self.of(item, depth - 1, seen)
-        parts = schema.get("allOf")
-        for part in parts[:20] if is_list(parts) else []:
+            merged[name if name in required else name + "?"] = self.of(item, depth - 1, seen)
+        for part in as_list(schema.get("allOf"))[:20]:
             shape = self.of(part, depth, seen)
-            if not is_object(shape):
-                return shape if not merged and len(parts or []) == 1 else merged | {"…": shape}
-            merged |= shape
+            if is_object(shape):
+                merged |= shape
+            elif shape != "any":  # a part that only describes says nothing of the shape
+                return shape if not merged else merged | {"…": shape}
         return merged
 
 
@@ -1201,16 +1242,21 @@ def status_line(status: int) -> str:
     return f"{status} {http_client.responses.get(status, '')}".strip()
 
 
+def seconds_until(date: str) -> float:
+    """Seconds from now to an HTTP date. Raises ValueError."""
+    try:
+        when = parsedate_to_datetime(date)
+        return (when.replace(tzinfo=when.tzinfo or UTC) - datetime.now(UTC)).total_seconds()
+    except (TypeError, OverflowError):
+        raise ValueError(date) from None
+
+
 def retry_after(response: httpx.Response) -> float | None:
     """The seconds that Retry-After asks for (RFC 9110, 10.2.3), or None."""
     text = response.headers.get("retry-after", "").strip()
-    if re.fullmatch(r"[0-9]{1,9}", text):
-        return float(text)
-    try:
-        when = parsedate_to_datetime(text)
-        return max(0.0, (when.replace(tzinfo=when.tzinfo or UTC) - datetime.now(UTC)).total_seconds())
-    except (ValueError, TypeError, OverflowError):
-        return None
+    with suppress(ValueError):
+        return float(text) if re.fullmatch(r"[0-9]{1,9}", text) else max(0.0, seconds_until(text))
+    return None
 
 
 def freshness(headers: httpx.Headers, ttl: float) -> float | None:
@@ -1226,17 +1272,18 @@ def freshness(headers: httpx.Headers, ttl: float) -> float | None:
         return None
     if "no-cache" in directives:
         return 0.0
+    left = ttl
     if "max-age" in directives:
-        age = headers.get("age", "")
-        seconds = int(directives["max-age"][:9]) if re.fullmatch("[0-9]+", directives["max-age"]) else 0
-        return max(0.0, min(ttl, seconds - (int(age[:9]) if re.fullmatch("[0-9]+", age) else 0)))
-    if "expires" in headers:
-        try:
-            left = parsedate_to_datetime(headers["expires"]) - datetime.now(UTC)
-            return max(0.0, min(ttl, left.total_seconds()))
-        except (ValueError, TypeError, OverflowError):  # "0" and the like mean: already expired
-            return 0.0
-    return ttl
+        lifetime, age = (
+            int(text[:9]) if re.fullmatch("[0-9]+", text) else 0
+            for text in (directives["max-age"], headers.get("age", ""))
+        )
+        left = lifetime - age
+    elif "expires" in headers:
+        left = 0.0  # "0" and the like are no date and mean: already expired
+        with suppress(ValueError):
+            left = seconds_until(headers["expires"])
+    return max(0.0, min(ttl, left))
 
 
 DEFAULT_HEADERS = {
@@ -1260,7 +1307,10 @@ class Upstream:
         if (limit := self.api.rate_limit) is not None:
             self.bucket = TokenBucket(limit, limit / self.api.rate_period, timer=timer, sleep=sleep)
         self.cache = TTLCache[bytes, Answer](CACHE_ENTRIES, self.api.cache_ttl, max_bytes=CACHE_BYTES, timer=timer)
-        self._headers = target.headers
+        self._root = str(target.base_url).rstrip("/")
+        self._headers = httpx.Headers(DEFAULT_HEADERS)
+        self._headers.update(target.headers)
+        self._form = "urlencoded" in self._headers.get("content-type", "")
         self._mask = mask
         self._timer = timer
         self._sleep = sleep
@@ -1268,6 +1318,8 @@ class Upstream:
         self._flights: dict[bytes, Flight] = {}
         # A little less than the time every tool has, so that it is this message that the model reads.
         self._seconds = min(self.api.timeout, TIME_LIMIT - 0.5)
+        timeout = httpx.Timeout(self._seconds, connect=min(CONNECT_TIMEOUT, self._seconds))
+        self._extensions = {"timeout": timeout.as_dict()}
 
     @property
     def limits_left(self) -> str:
@@ -1279,11 +1331,10 @@ class Upstream:
 
     def prepare(self, method: str, endpoint: str, params: Mapping[str, Any], data: Any) -> Call:
         """Check a call before anything is spent on it. Raises ToolError."""
-        allowed = [str(one) for one in self.api.methods]
+        allowed = self.api.methods
         if method.upper() not in allowed or not method.isascii():
             raise ToolError(f"method {method[:20]!r} is not allowed for {self.name}; allowed: {', '.join(allowed)}")
-        form = "urlencoded" in httpx.Headers(self._headers).get("content-type", "")
-        return build_call(self.base_url, method.upper(), endpoint, params, data, form)
+        return build_call(self._root, method.upper(), endpoint, params, data, self._form)
 
     async def call(self, call: Call, use_cache: bool, offset: int) -> tuple[Answer, str]:
         """The answer, and where it came from. Raises ToolError."""
@@ -1321,11 +1372,16 @@ class Upstream:
             async with asyncio.timeout_at(deadline):
                 return await self._attempt(call, stale, deadline)
         except TimeoutError:
-            raise ToolError(
-                f"{self.name} did not finish its answer within {self._seconds:g} s; ask for less, or try again later"
-            ) from None
+            problem = f"{self.name} did not finish its answer within {self._seconds:g} s; "
+            raise ToolError(problem + self._advise(call, "ask for less, or try again later")) from None
         except (httpx.RequestError, OSError) as exc:
-            raise ToolError(self._describe(exc)) from None
+            raise ToolError(self._describe(call, exc)) from None
+
+    @staticmethod
+    def _advise(call: Call, advice: str) -> str:
+        """What to do after an answer was lost: a model that just tries again would order everything twice."""
+        doubt = f"the {call.method} may have had its effect: look before you send it again"
+        return advice if call.method in IDEMPOTENT else doubt
 
     async def _attempt(self, call: Call, stale: Answer | None, deadline: float) -> tuple[Answer, str]:
         """Send, and send again with growing, jittered pauses where that cannot do harm twice."""
@@ -1338,7 +1394,7 @@ class Upstream:
                 # Waiting for a connection once more must fit whole, or the model would not learn what was wrong.
                 needed = CONNECT_TIMEOUT if isinstance(exc, httpx.ConnectTimeout) else 0.0
                 if last or not self._fits(pause + needed, deadline):
-                    raise ToolError(self._describe(exc)) from None
+                    raise ToolError(self._describe(call, exc)) from None
             else:
                 try:
                     asked = retry_after(response) if response.status_code in (429, 503) else None
@@ -1357,31 +1413,60 @@ class Upstream:
 
     async def _send(self, call: Call, stale: Answer | None, deadline: float) -> httpx.Response:
         """One attempt: a token, a request, and the same again for each redirect. The caller closes the response."""
-        method, url, content = call.method, call.url, call.content
-        headers = httpx.Headers({**DEFAULT_HEADERS, **(stale.validators if stale else {})})
-        headers.update({"Content-Type": call.content_type} if content is not None else {})
+        method, url, content = call.method, httpx.URL(call.url), call.content
+        headers = httpx.Headers(stale.validators if stale else {})
+        if content is not None:
+            headers["Content-Type"] = call.content_type
         headers.update(self._headers)
         for _ in range(MAX_REDIRECTS + 1):
-            require_inside(self.base_url, url, self.name)
+            require_inside(self.base_url, url)
             await self._take_token(deadline)
-            timeouts = {"connect": min(CONNECT_TIMEOUT, self._seconds)} | dict.fromkeys(
-                ("read", "write", "pool"), self._seconds
-            )
-            request = httpx.Request(method, url, headers=headers, content=content, extensions={"timeout": timeouts})
+            request = httpx.Request(method, url, headers=headers, content=content, extensions=self._extensions)
             response = await self._open_pool().handle_async_request(request)
+            response.request = request
             if response.status_code not in (301, 302, 303, 307, 308) or "location" not in response.headers:
                 return response
             await response.aclose()
-            try:
-                url = url.join(response.headers["location"]).copy_with(fragment=None)
-            except (httpx.InvalidURL, ValueError):
-                raise ToolError(f"{self.name} redirects to something that is no URL; nothing was sent there") from None
+            url = self._redirected(url, response.headers["location"])
             if method not in SAFE and response.status_code in (301, 302, 303):
                 method, content = "GET", None
                 headers.pop("Content-Type", None)  # there is no body any more
                 if method not in self.api.methods:
-                    raise ToolError(f"{self.name} took the {call.method} and redirects to a GET, which is not allowed")
-        raise ToolError(f"{self.name} redirects more than {MAX_REDIRECTS} times; try the endpoint it leads to")
+                    raise ToolError(
+                        f"{self.name} took the {call.method} and redirects to a GET of {self._show(url.path, 200)}, "
+                        "which is not allowed here; the call may have had its effect, do not repeat it"
+                    )
+        raise ToolError(f"{self.name} redirects more than {MAX_REDIRECTS} times; try another endpoint")
+
+    def _redirected(self, url: httpx.URL, location: str) -> httpx.URL:
+        """Where a redirect leads. Raises ToolError unless it stays with the API."""
+        try:
+            target = url.join(location).copy_with(fragment=None)
+        except (httpx.InvalidURL, ValueError):
+            raise ToolError(
+                f"{self.name} redirects to something that is no URL: not followed; try another endpoint"
+            ) from None
+        try:
+            require_inside(self.base_url, target)
+        except ToolError:
+            # A host is in lower case, in which the mask would not know a key.
+            shown = origin(target) if self._mask(location) == location else "an address with a key in it"
+            where = f"another origin, {shown}"
+            if origin(target) == origin(self.base_url):
+                path = target.raw_path.decode().partition("?")[0]
+                where = f"{self._show(path, 200)}, which is outside its base path or hides where it leads"
+            raise ToolError(
+                f"{self.name} redirects to {where}: nothing was sent there, because its keys are for {self.base_url}; "
+                "if you need it, it must be configured as an API of its own"
+            ) from None
+        return target
+
+    def _asked(self, response: httpx.Response) -> str:
+        return f"{response.request.method} {self._show(response.request.url.path, 200)}"
+
+    def _show(self, text: str, limit: int) -> str:
+        """Text of the upstream on one line, masked before it is cut: half a key would not be found afterwards."""
+        return clip(self._mask(text), limit)
 
     async def _take_token(self, deadline: float) -> None:
         if self.bucket is None:
@@ -1398,9 +1483,9 @@ class Upstream:
         if stale is not None and response.status_code == 304:
             return self._keep(call, stale, freshness(response.headers, stale.ttl or 0.0), "revalidated (304)")
         ttl = freshness(response.headers, self.api.cache_ttl)
-        content_type = clip(response.headers.get("content-type", ""), 200)
+        content_type = self._show(response.headers.get("content-type", ""), 200)
         if not response.is_success:
-            await self._raise_http_error(call, response, content_type)
+            await self._raise_http_error(response, content_type)
         body, whole = await read_body(response, MAX_BODY)
         if not whole:
             raise ToolError(f"{self.name}'s answer is larger than {MAX_BODY:,} bytes; ask for less, or page through it")
@@ -1409,11 +1494,14 @@ class Upstream:
             for header, source in (("If-None-Match", "etag"), ("If-Modified-Since", "last-modified"))
             if source in response.headers and response.headers[source].isascii()
         }
+        facts = self._passed_on(response.headers)
+        if response.request.method != call.method:  # otherwise it looks as if the POST had returned what a GET shows
+            facts.insert(0, f"the {call.method} was redirected: this answers {self._asked(response)}")
         answer = Answer(
             response.status_code,
             await in_thread_if_long(body, read_text, body, content_type, self._mask),
             content_type,
-            tuple(self._passed_on(response.headers)),
+            tuple(facts),
             validators,
             ttl,
         )
@@ -1425,13 +1513,15 @@ class Upstream:
             if ttl is None or (ttl == 0 and not answer.validators):
                 self.cache.discard(call.key)
                 return answer, f"{note}, not kept (the upstream forbids it)"
-            self.cache.put(call.key, answer, ttl=ttl, size=sys.getsizeof(answer.body.text) + 1_000)
-            return answer, f"{note}, kept for {ttl:.0f} s"
-        if call.method not in SAFE and ttl is not None:  # only so that offset can go on without sending it twice
-            self.cache.put(call.key, answer, ttl=PAGE_TTL, size=sys.getsizeof(answer.body.text) + 1_000)
-        return answer, "not cached"
+            note = f"{note}, kept for {ttl:.0f} s"
+        elif call.method not in SAFE and ttl is not None:  # only so that offset can go on without sending it twice
+            note, ttl = "not cached", PAGE_TTL
+        else:
+            return answer, "not cached"
+        self.cache.put(call.key, answer, ttl=ttl, size=sys.getsizeof(answer.body.text) + 1_000)
+        return answer, note
 
-    async def _raise_http_error(self, call: Call, response: httpx.Response, content_type: str) -> None:
+    async def _raise_http_error(self, response: httpx.Response, content_type: str) -> None:
         try:
             body, _ = await read_body(response, MAX_ERROR_BODY)
             text = read_text(body, content_type, self._mask)
@@ -1441,17 +1531,19 @@ class Upstream:
         wait = retry_after(response)
         again = "" if wait is None else f"; try again in {math.ceil(wait)} s"
         limits = "".join(f"; {text}" for text in self._passed_on(response.headers) if "limit" in text.partition(":")[0])
-        what = f"{status_line(response.status_code)} to {call.method} {call.url.path[:200]}"
+        what = f"{status_line(response.status_code)} to {self._asked(response)}"
         raise ToolError(f"{self.name} answered {what}{again}{limits}: {shown}")
 
-    def _passed_on(self, headers: httpx.Headers) -> Iterator[str]:
+    def _passed_on(self, headers: httpx.Headers) -> list[str]:
         """The few response headers that a caller needs: pages and limits. Links below the base URL become endpoints."""
-        for name, value in headers.items():
-            if name in ("link", "retry-after") or re.match(r"(x-)?rate-?limit", name):
-                text = value.replace(f"<{str(self.base_url).rstrip('/')}/", "</")
-                yield f"{name}: {clip(text, MAX_HEADER_TEXT)}"
+        root = re.escape(self.base_url.raw_path.decode().rstrip("/"))
+        here = re.compile(f"<(?:{re.escape(origin(self.base_url))})?{root}/(?!/)")
+        wanted = re.compile(r"link$|retry-after$|(x-)?rate-?limit")
+        found = [f"{name}: {here.sub('</', value)}" for name, value in headers.items() if wanted.match(name)]
+        more = [f"{len(found) - MAX_HEADERS} more such headers"] if len(found) > MAX_HEADERS else []
+        return [self._show(text, MAX_HEADER_TEXT) for text in found[:MAX_HEADERS]] + more
 
-    def _describe(self, exc: httpx.RequestError | OSError) -> str:
+    def _describe(self, call: Call, exc: httpx.RequestError | OSError) -> str:
         """One sentence for the model; the exception's own text may name hosts, proxies and header values."""
         match exc:
             case httpx.ConnectTimeout():
@@ -1459,11 +1551,12 @@ class Upstream:
             case httpx.PoolTimeout():
                 return f"{self.name} is busy: all {MAX_CONNECTIONS} connections are in use; try again in a few seconds"
             case httpx.TimeoutException():
-                return f"{self.name} sent nothing for {self._seconds:g} s; try again later"
+                return f"{self.name} sent nothing for {self._seconds:g} s; {self._advise(call, 'try again later')}"
             case httpx.ConnectError():
                 return f"{self.name} cannot be reached (name, connection or certificate refused); check its base_url"
             case _:
-                return f"{self.name} broke off the connection before its answer was complete; try again"
+                problem = f"{self.name} broke off the connection before its answer was complete; "
+                return problem + self._advise(call, "try again")
 
     def _open_pool(self) -> httpx.AsyncHTTPTransport:
         # Not httpx.AsyncClient: that keeps cookies between callers, sends keys to the proxy that the environment names
@@ -1488,13 +1581,15 @@ def render(call: Call, answer: Answer, note: str, select: str, offset: int, max_
     text = body.text
     if select:
         if not body.json:
-            raise ToolError(f"select needs JSON, and this is {answer.content_type or 'of no type'}; leave select out")
+            what = "; ".join(body.facts) or answer.content_type or "of no type"
+            raise ToolError(f"select needs JSON, and the answer is {what}; leave select out")
         try:
-            text = dump_json(select_json(load_json(text), select))
+            selected = select_json(load_json(text), select)
+            if len(text) * (1 + select.count(",")) > MAX_REPEATED:
+                refuse_repetition(selected)
+            text = dump_json(selected)
         except RecursionError:
             raise ToolError("the JSON is nested too deeply for select; leave select out") from None
-    if offset and offset >= len(text):
-        raise ToolError(f"offset={offset} is past the end: there are {len(text)} characters; use a smaller offset")
     facts = [
         status_line(answer.status),
         *re.findall(r"^[\w.+-]+/[\w.+-]+", answer.content_type),  # without the rest, which could imitate this line
@@ -1502,16 +1597,26 @@ def render(call: Call, answer: Answer, note: str, select: str, offset: int, max_
         *body.facts,
         *answer.headers,
     ]
-    room = max(max_output - len(trailer(*facts)) - 100, max_output // 2, 1) if max_output else len(text)
-    end = min(len(text), offset + room)
+    kept = call.method in SAFE or answer.ttl is not None
+    return show_part(text, facts, offset, max_output, kept=kept)
+
+
+def show_part(text: str, facts: list[str], offset: int, max_output: int, *, kept: bool = True) -> str:
+    """The text from `offset` on, as much as fits, and the facts, with what was cut, as its last line."""
+    if offset and offset >= len(text):
+        raise ToolError(f"offset={offset} is past the end: there are {len(text)} characters; use a smaller offset")
+    room = max(max_output - len(trailer(*facts)) - 100, max_output // 2, 1)
+    end = len(text)
+    if max_output and end - offset > (room if facts else max_output):
+        end = offset + room
     if offset or end < len(text):
         facts.append(f"characters {offset + 1}-{end} of {len(text)} shown")
-    resume = {"offset": end} if end < len(text) else {}
-    if resume and answer.ttl is None and call.method not in SAFE:
-        resume = {}
+    resume: dict[str, int] = {}
+    if end < len(text) and kept:
+        resume = {"offset": end}
+    elif end < len(text):
         facts.append("the upstream forbids to keep the rest: use select")
-    shown = text[offset:end]
-    return (shown + "\n" if shown else "") + trailer(*facts, **resume)
+    return "\n".join(filter(None, [text[offset:end], trailer(*facts, **resume) if facts else ""]))
 
 
 # ----------------------------------------------------------------------------------------------------------------- main

@@ -28,17 +28,19 @@ KEY = "sk-live/4fQ9+zX71L&mN=opQ22"
 ENVIRON = {"KEY": KEY, "BASIC": base64.b64encode(b"aladdin:open sesame 42").decode()}
 
 
-def config(tmp_path: Path, apis: dict[str, Any] | str) -> Config:
+def config(tmp_path: Path, apis: dict[str, Any] | str, **environ: str) -> Config:
     path = tmp_path / "apis.json"
     path.write_text(apis if isinstance(apis, str) else json.dumps(apis), encoding="utf-8")
-    return load_config(path, ENVIRON)
+    return load_config(path, ENVIRON | environ)
 
 
 @asynccontextmanager
-async def gateway(tmp_path: Path, site: Site, options: Options | None = None, **entry: Any) -> AsyncGenerator[Client]:
+async def gateway(
+    tmp_path: Path, site: Site, options: Options | None = None, key: str = KEY, **entry: Any
+) -> AsyncGenerator[Client]:
     """A client of a server with one API, "demo", at /v1 of the site."""
     entry = {"base_url": f"{site.url}/v1", "headers": {"X-API-Key": "${KEY}"}} | entry
-    async with Client(build_server(config(tmp_path, {"demo": entry}), options)) as client:
+    async with Client(build_server(config(tmp_path, {"demo": entry}, KEY=key), options)) as client:
         yield client
 
 
@@ -129,6 +131,7 @@ HOSTILE_ENDPOINTS = {
     "bad percent": "/100%",
     "bad percent digits": "/%zz",
     "too long": "/" + "a" * 3000,
+    "bytes that are not UTF-8 in the query": "/echo?q=%FF",
 }
 
 
@@ -219,6 +222,9 @@ async def test_params_are_encoded_and_cannot_leave_the_query(tmp_path: Path) -> 
         ({"params": {"a": {"b": 1}}}, "params.a"),
         ({"params": {"a": "\ud800"}}, "surrogate"),
         ({"params": {"a": "x" * 9000}}, "8,000"),
+        ({"params": {"a": "ü" * 3000}}, "8,000"),
+        ({"params": {"a": [1] * 1_000_000}}, "8,000"),
+        ({"params": {str(number): 1 for number in range(100_000)}}, "8,000"),
         ({"endpoint": "/echo?a=1", "params": {"a": 2}}, "give it once"),
         ({"data": "x" * 1_000_001}, "1,000,000"),
         ({"data": {"a": "\ud800"}}, "data"),
@@ -291,6 +297,29 @@ async def test_a_redirect_elsewhere_ends_the_call_and_sends_nothing_there(tmp_pa
         assert [seen.path for seen in site.requests] == ["/v1/go"]
         assert not attacker.requests
         assert not attacker.connections
+
+
+async def test_an_error_about_a_redirect_speaks_of_the_redirect(tmp_path: Path) -> None:
+    async with Site() as site, gateway(tmp_path, site) as client:
+        for location in ("/v2/echo", "/v1/..;/x", "\\\\evil", "/v1/%ff", "http://[::1"):
+            site.on("/v1/go", redirect(location))
+            problem = await fails(client, "/go")
+            assert problem.startswith("demo redirects to ")
+            assert "endpoint holds" not in problem
+
+
+async def test_a_redirect_that_changes_the_method_is_told_on_every_page(tmp_path: Path) -> None:
+    async with (
+        Site() as site,
+        gateway(tmp_path, site, Options(max_output=600), methods=["GET", "PUT", "POST"]) as client,
+    ):
+        site.on("/v1/users", redirect("/v1/users/", 301))
+        site.on("/v1/users/", reply("z" * 800, content_type="text/plain"))
+        for method in ("PUT", "POST"):
+            for offset in (0, 300):
+                text = await call(client, "/users", method=method, data={"a": 1}, offset=offset)
+                assert f"the {method} was redirected: this answers GET /v1/users/" in text
+        assert "redirected" not in await call(client, "/users")
 
 
 async def test_five_redirects_are_followed_and_a_sixth_is_not(tmp_path: Path) -> None:
@@ -385,16 +414,39 @@ async def test_a_key_that_the_upstream_echoes_is_masked(
             assert "***" in text
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [
+        *[reply({}, headers={"Link": "-" * n + KEY}) for n in (980, 988)],
+        reply("x", content_type="text/" + "a" * 185 + KEY),
+        reply("x", content_type="text/" + KEY),
+        reply("x", headers={"Content-Encoding": "-" * 25 + KEY}),
+        redirect("/v2/" + "a" * 180 + urllib.parse.quote(KEY, safe="")),
+        redirect("/v1/..;" + KEY),
+        redirect("http://" + KEY.partition("/")[0].partition("-")[2] + ".key.example/" + KEY),
+    ],
+    ids=["link", "link 2", "type", "type 2", "encoding", "redirect", "dot segment", "host"],
+)
+async def test_what_is_cut_is_masked_before(tmp_path: Path, answer: bytes) -> None:
+    async with Site() as site, gateway(tmp_path, site) as client:
+        site.on("/v1/x", answer)
+        result = await client.call_tool("call_api", {"api": "demo", "endpoint": "/x"})
+        assert KEY[:7].lower() not in result.model_dump_json().lower()
+
+
+async def test_a_host_is_not_shown_if_the_redirect_holds_a_key(tmp_path: Path) -> None:
+    async with Site() as site, gateway(tmp_path, site, key="MixedCaseKey") as client:
+        site.on("/v1/x", redirect("http://MixedCaseKey.evil.example/"))
+        assert "mixedcasekey" not in (await fails(client, "/x")).lower()
+
+
 async def test_masked_json_is_still_json_and_can_be_selected_from(tmp_path: Path) -> None:
     digits = "123456789012"
-    path = tmp_path / "n.json"
-    async with Site() as site:
-        path.write_text(json.dumps({"demo": {"base_url": f"{site.url}/v1", "headers": {"X-Key": "${N}"}}}))
+    async with Site() as site, gateway(tmp_path, site, key=digits) as client:
         site.on("/v1/n", reply(f'{{"id": {digits}, "f": {digits}.50, "list": [{digits}], "ok": 1.10}}'))
-        async with Client(build_server(load_config(path, {"N": digits}))) as client:
-            body, _ = split(await call(client, "/n"))
-            assert body == '{"id":"***","f":"***","list":["***"],"ok":1.10}'
-            assert split(await call(client, "/n", select="{ok,id}"))[0] == '{"ok":1.10,"id":"***"}'
+        body, _ = split(await call(client, "/n"))
+        assert body == '{"id":"***","f":"***","list":["***"],"ok":1.10}'
+        assert split(await call(client, "/n", select="{ok,id}"))[0] == '{"ok":1.10,"id":"***"}'
 
 
 async def test_an_error_tells_what_is_left_of_the_upstreams_limits(tmp_path: Path) -> None:
@@ -418,14 +470,9 @@ async def test_a_basic_credential_is_masked_decoded_too(tmp_path: Path) -> None:
 
 
 async def test_the_parts_of_a_value_are_masked_by_themselves(tmp_path: Path) -> None:
-    path = tmp_path / "p.json"
-    async with Site() as site:
-        headers = {"Authorization": "${WHOLE}"}
-        path.write_text(json.dumps({"demo": {"base_url": f"{site.url}/v1", "headers": headers}}))
+    async with Site() as site, gateway(tmp_path, site, key="Bearer secret-token-1") as client:
         site.on("/v1/x", reply({"got": "secret-token-1", "user": "somebody-else"}))
-        environ = {"WHOLE": "Bearer secret-token-1"}
-        async with Client(build_server(load_config(path, environ))) as client:
-            assert split(await call(client, "/x"))[0] == '{"got":"***","user":"somebody-else"}'
+        assert split(await call(client, "/x"))[0] == '{"got":"***","user":"somebody-else"}'
 
 
 async def test_a_key_across_the_border_of_two_pages_is_masked(tmp_path: Path) -> None:
@@ -516,10 +563,12 @@ async def test_a_hit_costs_no_token(tmp_path: Path) -> None:
 
 DIFFERENT_CALLS: dict[str, Sequence[dict[str, Any]]] = {
     "endpoint": [{"endpoint": "/echo"}, {"endpoint": "/echo/"}],
+    "base path": [{"endpoint": ""}, {"endpoint": "/"}],
     "method": [{"method": "GET"}, {"method": "HEAD"}, {"method": "GET", "use_cache": False}],
     "params": [{"params": {"a": 1}}, {"params": {"a": "1"}}, {"params": {"a": True}}, {"params": {"a": 1.0}}, {}],
     "true as text": [{"params": {"a": True}}, {"params": {"a": "true"}}],
     "lists": [{"params": {"a": [1, 2]}}, {"params": {"a": [2, 1]}}, {"params": {"a": "1,2"}}],
+    "order of equal names": [{"endpoint": "/echo?a=1&a=2"}, {"endpoint": "/echo?a=2&a=1"}],
     "names": [{"params": {"a": "1&b=2"}}, {"params": {"a": 1, "b": 2}}],
     "body": [{"data": {"a": 1}}, {"data": {"a": "1"}}, {"data": {"a": True}}, {"data": 1}, {"data": True}, {}],
     "body as text": [{"data": [1]}, {"data": "x"}],
@@ -529,7 +578,8 @@ DIFFERENT_CALLS: dict[str, Sequence[dict[str, Any]]] = {
 @pytest.mark.parametrize("calls", DIFFERENT_CALLS.values(), ids=DIFFERENT_CALLS)
 async def test_different_calls_never_share_an_answer(tmp_path: Path, calls: Sequence[dict[str, Any]]) -> None:
     async with Site() as site, gateway(tmp_path, site) as client:
-        site.on("/v1/echo/", reply({}))
+        for path in ("/v1", "/v1/", "/v1/echo/"):
+            site.on(path, reply({}))
         for arguments in calls:
             assert "cache hit" not in await call(client, **{"endpoint": "/echo"} | arguments)
         assert len(site.requests) == len(calls)
@@ -873,11 +923,27 @@ async def headers_without_end(seen: Seen, writer: asyncio.StreamWriter) -> None:
     writer.close()
 
 
+async def padded(seen: Seen, writer: asyncio.StreamWriter) -> None:
+    """A whole answer, and then padding without end."""
+    writer.write(b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\n\r\n" + gzip.compress(b"{}"))
+    while not seen.hung_up():
+        writer.write(b"x" * 65536)
+        await writer.drain()
+
+
+async def empty_members(seen: Seen, writer: asyncio.StreamWriter) -> None:
+    writer.write(b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\n\r\n")
+    while not seen.hung_up():
+        writer.write(gzip.compress(b"") * 3000)
+        await writer.drain()
+
+
 @pytest.mark.parametrize(
     ("handler", "reason"),
     [
         (bomb, "5,000,000 bytes"),
         (flood, "5,000,000 bytes"),
+        (padded, "5,000,000 bytes"),
         (drip, "within 1 s"),
         (header_drip, "within 1 s"),
         (reset, "broke off"),
@@ -897,6 +963,15 @@ async def test_a_hostile_answer_is_a_clear_error(tmp_path: Path, handler: Any, r
         assert reason in await asyncio.wait_for(fails(client, "/x"), 10)
 
 
+@pytest.mark.parametrize("handler", [drip, reset, reset_midway])
+async def test_a_lost_answer_to_a_post_is_no_invitation_to_post_again(tmp_path: Path, handler: Any) -> None:
+    async with Site() as site, gateway(tmp_path, site, timeout=1, methods=["POST", "PUT"]) as client:
+        site.on("/v1/x", handler)
+        assert "may have had its effect" in await fails(client, "/x", method="POST", data={"order": 1})
+        assert site.count("/v1/x") == 1
+        assert "try again" in await fails(client, "/x", method="PUT", data={"order": 1})
+
+
 async def test_a_gzip_bomb_does_not_grow_the_memory(tmp_path: Path) -> None:
     async with Site() as site, gateway(tmp_path, site) as client:
         packed = reply(gzip.compress(b"0" * 50_000_000), headers={"Content-Encoding": "gzip"})
@@ -906,6 +981,19 @@ async def test_a_gzip_bomb_does_not_grow_the_memory(tmp_path: Path) -> None:
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         assert peak < 20_000_000
+
+
+async def test_compressed_nothing_without_end_is_cut_off(tmp_path: Path) -> None:
+    async with Site() as site, gateway(tmp_path, site) as client:
+        site.on("/v1/x", empty_members)
+        assert "5,000,000 bytes" in await fails(client, "/x")
+
+
+async def test_a_charset_that_takes_hours_to_decode_is_not_used(tmp_path: Path) -> None:
+    async with Site() as site, gateway(tmp_path, site) as client:
+        body = b"\0" * 1000 + b"-" + b"a9" * 2_000_000
+        site.on("/v1/x", reply(body, content_type="text/plain; charset=punycode"))
+        assert "binary body" in await asyncio.wait_for(call(client, "/x"), 10)
 
 
 async def test_compressed_answers_are_read_also_in_several_members(tmp_path: Path) -> None:
@@ -988,6 +1076,34 @@ async def test_of_the_response_headers_only_pages_and_limits_are_passed_on(tmp_p
         assert "powered" not in last
 
 
+async def test_links_to_the_api_itself_become_endpoints(tmp_path: Path) -> None:
+    async with Site() as site, gateway(tmp_path, site) as client:
+        link = f"<{site.url}/v1/a>, </v1/b>, <//h/v1/c>, </v12/d>, <https://h/v1/e>, <f>"
+        site.on("/v1/x", reply({}, headers={"Link": link}))
+        assert "link: </a>, </b>, <//h/v1/c>, </v12/d>, <https://h/v1/e>, <f>]" in await call(client, "/x")
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [{f"X-RateLimit-{n}": "y" * 1000 for n in range(90)}, {f"X-RateLimit-{'y' * 50_000}": "1"}],
+    ids=["many", "long name"],
+)
+async def test_the_headers_that_are_passed_on_are_bounded(tmp_path: Path, headers: dict[str, str]) -> None:
+    async with Site() as site, gateway(tmp_path, site) as client:
+        site.on("/v1/x", reply({}, headers=headers))
+        text = await call(client, "/x")
+        assert len(text) < 12_000
+        assert len(headers) == 1 or "80 more such headers" in text
+
+
+async def test_escapes_of_half_characters_count_for_the_length_of_a_result(tmp_path: Path) -> None:
+    async with Site() as site, gateway(tmp_path, site, Options(max_output=1000)) as client:
+        site.on("/v1/x", reply('{"a": "' + "\\ud800" * 1000 + '"}'))
+        assert len(await call(client, "/x")) <= 1000
+        assert len(await call(client, "/x", select="a")) <= 1000
+        assert '{"a":"\\ud800\\ud800' in await call(client, "/x")
+
+
 async def test_offset_continues_a_cut_body_from_the_cache(tmp_path: Path) -> None:
     async with Site() as site, gateway(tmp_path, site, Options(max_output=1000)) as client:
         numbers = list(range(1000))
@@ -1047,6 +1163,7 @@ DOCUMENT: dict[str, Any] = {
     ],
     "empty": [],
     "page": {"next": "/x?page=2"},
+    "$id": "#1",
 }
 
 SELECTS: dict[str, Any] = {
@@ -1072,6 +1189,9 @@ SELECTS: dict[str, Any] = {
     "{total,items[0].id}": {"total": 2, "items[0].id": 1},
     "empty[*].anything": [],
     "items[0].owner": {"login": "x", "tags": ["p", "q"]},
+    "$id": "#1",
+    "{$id,$.total}": {"$id": "#1", "$.total": 2},
+    "$[items]": {"items": DOCUMENT["items"]},
 }
 
 
@@ -1090,6 +1210,8 @@ async def test_select_takes_a_part_of_the_cached_body(tmp_path: Path, select: st
     ("select", "advice"),
     [
         ("nothing", "total, items, empty, page"),
+        ("{total,empty}.x", "must be its end"),
+        ("items[*].{id}[0]", "must be its end"),
         ("items.name", "use [*]"),
         ("items[5].name", "list of 2"),
         ("items[*].nothing", "id, name"),
@@ -1119,6 +1241,17 @@ async def test_select_is_bounded_and_needs_json(tmp_path: Path) -> None:
         assert "1,000,000 values" in await fails(client, "/big", select=f"[*].{{{fields}}}")
         site.on("/v1/text", reply("hello", content_type="text/plain"))
         assert "text/plain" in await fails(client, "/text", select="a")
+        for body, reason in {"": "no body", "{'a': 1}": "not valid JSON"}.items():
+            site.on("/v1/none", reply(body))
+            assert reason in await fails(client, "/none", select="a", use_cache=False)
+
+
+async def test_a_select_cannot_multiply_a_body(tmp_path: Path) -> None:
+    async with Site() as site, gateway(tmp_path, site) as client:
+        site.on("/v1/x", reply({"a": "x" * 3_000_000, "b": {"y" * 1_500_000: 1}, "c": 3}))
+        assert "several times" in await fails(client, "/x", select='{a,$.a,["a"],[a]}')
+        assert "several times" in await fails(client, "/x", select='{b,$.b,["b"],[b],$["b"],.b,$[b]}')
+        assert split(await call(client, "/x", select='{c,$.c,["c"],[c]}'))[0].startswith('{"c":3,')
 
 
 # ------------------------------------------------------------------------------------------------ speed and pools
@@ -1269,12 +1402,48 @@ async def test_one_operation_is_shown_with_its_references_resolved(tmp_path: Pat
         assert "root:" not in text
 
 
+async def test_choices_and_descriptions_beside_properties_do_not_hide_them(tmp_path: Path) -> None:
+    schemas: dict[str, Any] = {"T": {"properties": {"id": {"type": "integer"}}, "required": ["id"]}}
+    body: dict[str, Any] = {
+        "properties": {
+            "described": {"allOf": [{"description": "words"}, {"$ref": "#/T"}]},
+            "text": {"allOf": [{"type": "string"}]},
+        },
+        "anyOf": [{"required": ["described"]}, {"required": ["text"]}],
+    }
+    either: dict[str, Any] = {"properties": {"a": {}}, "oneOf": [{"$ref": "#/T"}, {"properties": {"b": {}}}]}
+    media = {"application/json": {"schema": body}, "application/x": {"schema": either}}
+    spec = {"openapi": "3.0.0", "paths": {"/a": {"post": {"requestBody": {"content": media}}}}} | schemas
+    async with described(tmp_path, spec) as client:
+        text = await describe(client, endpoint="/a")
+        assert '{"described?":{"id":"integer"},"text?":"string"}' in text
+        assert '{"a?":"any","oneOf":[{"id":"integer"},{"b?":"any"}]}' in text
+
+
 async def test_methods_that_are_not_allowed_are_marked(tmp_path: Path) -> None:
     async with described(tmp_path, large_spec()) as client:
         text = await describe(client, endpoint="/repos/a/things3/1")
         assert text.splitlines()[0].startswith("GET ")
         assert "DELETE /repos/{owner}/things3/{id}: delete" in text
         assert text.count("[method not allowed here]") == 3
+
+
+async def test_offset_continues_a_cut_description(tmp_path: Path) -> None:
+    (tmp_path / "spec.json").write_text(json.dumps(large_spec()))
+    entry = {"demo": {"base_url": "http://127.0.0.1:1", "openapi": "spec.json"}}
+    endpoint = "GET /repos/{owner}/things3/{id}"
+    async with Client(build_server(config(tmp_path, entry))) as client:
+        whole = await describe(client, endpoint=endpoint)
+    async with Client(build_server(config(tmp_path, entry), Options(max_output=500))) as client:
+        shown = ""
+        while len(shown) < len(whole):
+            text = await describe(client, endpoint=endpoint, offset=len(shown))
+            assert len(text) <= 500
+            body, last = split(text)
+            shown += body
+            assert last.endswith(f"continue with offset={len(shown)}]") or len(shown) == len(whole)
+        assert shown == whole
+        assert "past the end" in await refused(client, "describe_api", api="demo", endpoint=endpoint, offset=len(whole))
 
 
 HOSTILE_SPECS: dict[str, Any] = {
@@ -1366,7 +1535,8 @@ BAD_CONFIGS: dict[str, tuple[Any, str]] = {
     **{
         f"base URL {url}": ({"a": {"base_url": url}}, "a: base_url")
         for url in (
-            "", "h", "ftp://h", "file:///etc", "//h", "http://", "http:///x", "http://u:p@h", "http://@h", "http://h?x=1",
+            "", "h", "http://h:0", "http://h:65536", "ftp://h", "file:///etc", "//h", "http://", "http:///x",
+            "http://u:p@h", "http://@h", "http://h?x=1",
             "http://h#x", "http://h/..", "http://h/%2e%2e/x", "http://h/a/../b", "http://h\\x", "http://h/ x", " http://h",
             "http://h/${KEY}", "http://h:x", "http://h/\r\n", "http://h//x", "javascript:alert(1)", "http://[::1",
         )
