@@ -294,6 +294,8 @@ _PASS = getattr(os, "O_PATH", os.O_RDONLY) | getattr(os, "O_DIRECTORY", 0) | _NO
 # Without O_NONBLOCK, opening a FIFO waits for a writer, for ever; without O_NOCTTY a terminal can become ours.
 _FILE = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0) | getattr(os, "O_BINARY", 0) | _NOFOLLOW
 
+MAX_PATH = 16_384  # characters of a path as it is shown, as every message and every found path repeats it
+
 Handle = int | str
 """An open directory: a descriptor, or (Windows) its path, which is checked again after every open."""
 
@@ -337,6 +339,13 @@ def stat_at(parent: Handle, name: str) -> os.stat_result:
     if isinstance(parent, int):
         return os.stat(name, dir_fd=parent, follow_symlinks=False)
     return os.lstat(os.path.join(parent, name))
+
+
+def writable_at(parent: Handle, name: str) -> bool:
+    """Whether the system would let this process write the file in place."""
+    if isinstance(parent, int):
+        return os.access(name, os.W_OK, dir_fd=parent, effective_ids=os.access in os.supports_effective_ids)
+    return os.access(os.path.join(parent, name), os.W_OK)
 
 
 def make_directory_at(parent: Handle, name: str) -> None:
@@ -437,7 +446,9 @@ def describe_os_error(exc: OSError, shown: str) -> str:
         case errno.ENXIO | errno.ENODEV:
             return f"{shown} is not a regular file (a FIFO, socket or device) and is never opened; choose another"
         case errno.EACCES | errno.EPERM:
-            return f"permission denied: {shown}; the server's user may not read it, choose another path"
+            return f"permission denied: {shown}; the server's user has no right to this, choose another path"
+        case errno.EXDEV:
+            return f"{shown} is on another disk, and files are moved on one disk only; write the file there instead"
         case errno.ELOOP:
             return f"{shown} is a symlink loop, or was replaced by a symlink just now; check it and try again"
         case errno.ENAMETOOLONG:
@@ -518,6 +529,8 @@ class Sandbox:
         """
         if not untrusted or "\0" in untrusted:
             raise ToolError('the path is empty or contains a NUL byte; give a path such as "." or "notes/todo.txt"')
+        if len(printable(untrusted)) > MAX_PATH:
+            raise ToolError(f"the path is longer than {MAX_PATH} characters; give a shorter one")
         inside: list[Located] = []
         for candidate in dict.fromkeys([untrusted, unprintable(untrusted)]):
             for root in self.roots:

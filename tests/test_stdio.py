@@ -294,7 +294,7 @@ def check_unreadable_entries(tmp_path: Path) -> None:
 
     assert call("read_file", "path=closed.txt") == (
         1,
-        "permission denied: closed.txt; the server's user may not read it, choose another path\n",
+        "permission denied: closed.txt; the server's user has no right to this, choose another path\n",
     )
     code, tree = call("directory_tree", "path=.")
     assert (code, " closed/ [unreadable]" in tree, "  a.txt" in tree) == (0, True, True)
