@@ -42,6 +42,7 @@ from urllib.parse import quote
 
 import anyio
 from common import (
+    MAX_PATH,
     READ_ONLY,
     ConfigError,
     Handle,
@@ -66,6 +67,7 @@ from common import (
     serve,
     stat_at,
     trailer,
+    writable_at,
 )
 from mcp.server.mcpserver import Context
 from mcp.server.mcpserver.exceptions import ToolError
@@ -379,9 +381,13 @@ def glob_matcher(*patterns: str) -> Callable[[str], bool]:
     """A predicate over relative paths, true if any of the globs matches. Raises ToolError for one that climbs out."""
     for pattern in patterns:
         # It would match nothing anyway: patterns are compared with paths that a walk found, they open nothing.
-        if pattern.startswith(("/", "~")) or ".." in pattern.split("/") or "\0" in pattern:
+        if pattern.startswith(("/", "~/")) or ".." in pattern.split("/") or "\0" in pattern:
             raise ToolError(f"the pattern {pattern!r} leads out; patterns are relative to path, such as **/*.py")
-    return linear_regex("|".join(glob_regex(pattern) for pattern in patterns) or r"[^\s\S]")
+    try:
+        return linear_regex("|".join(glob_regex(pattern) for pattern in patterns) or r"[^\s\S]")
+    except ToolError:
+        wrong = " or ".join(repr(pattern[:100]) for pattern in patterns[:10])
+        raise ToolError(f"the glob {wrong} is not valid: check its brackets and braces, or make it shorter") from None
 
 
 # --------------------------------------------------------------------------------------------- work in a thread
@@ -463,15 +469,20 @@ class Files:
 
     def __init__(self, directories: Sequence[str | Path], deny: Sequence[str] = (), allow_secrets: bool = False):
         self.sandbox = Sandbox(directories)
-        self._denied = glob_matcher(*deny)
+        self.deny = deny
+        # What is below a denied directory is denied as well, and in any case: on some disks Private is private.
+        names = [glob.rstrip("/") for glob in deny]
+        below = (f"{name}/**" if "/" in name else f"**/{name}/**" for name in names)
+        self._denied = glob_matcher(*map(str.casefold, (*deny, *below)))
         self._secret = re.compile("$^" if allow_secrets else "|".join(map(fnmatch.translate, SECRET_FILES)))
         self._not_secret = re.compile("|".join(map(fnmatch.translate, NOT_SECRET)))
         self._secret_directories = frozenset[str]() if allow_secrets else SECRET_DIRECTORIES
 
     def is_secret(self, path: str) -> bool:
         """Whether the file at this path (from its root, symlinks resolved) must not be opened."""
-        # Lower case, because on a case-insensitive disk .ENV is .env.
-        parts = path.lower().split("/")
+        # Case folded, because on a case-insensitive disk .ENV is .env.
+        path = path.casefold()
+        parts = path.split("/")
         name = parts[-1]
         if self._denied(printable(path)) or not self._secret_directories.isdisjoint(parts):
             return True
@@ -646,6 +657,15 @@ def tree_lines(walk: Walk, max_depth: int) -> Generator[str]:
 
 # Not encodings of text, or with decoders that need quadratic time.
 NOT_TEXT = frozenset({"idna", "punycode", "unicode_escape", "raw_unicode_escape", "undefined"})
+STATEFUL = ("iso2022", "hz", "utf-7")  # encodings in which a byte's meaning depends on those before it
+
+
+def newline_in(encoding: str) -> bytes:
+    """The bytes of a newline. Raises ToolError for what is not an encoding of text."""
+    with suppress(LookupError, ValueError):
+        if codecs.lookup(encoding).name not in NOT_TEXT:
+            return "\n".encode(encoding)
+    raise ToolError(f"unknown text encoding: {encoding[:40]}; use utf-8, utf-16, latin-1, cp1252 or another")
 
 
 @dataclass(frozen=True)
@@ -698,23 +718,17 @@ class Text:
 
     def prepare(self, wanted: Slice) -> None:
         """Check the encoding and the size before anything is returned. Raises ToolError."""
-        try:
-            newline = "\n".encode(self.encoding)
-            if codecs.lookup(self.encoding).name in NOT_TEXT:
-                raise LookupError
-        except (LookupError, ValueError):
-            raise ToolError(
-                f"unknown text encoding: {self.encoding[:40]}; use utf-8, utf-16, latin-1, cp1252 or another"
-            ) from None
-        # Lines can be found in the bytes only where a newline is a byte of its own; UTF-16 is converted as a whole.
-        convert = newline != b"\n"
+        # Lines can be found in the bytes only where a newline is a byte of its own, and a text can be entered in the
+        # middle only where bytes mean the same everywhere; others, such as UTF-16, are converted as a whole.
+        convert = newline_in(self.encoding) != b"\n" or codecs.lookup(self.encoding).name.startswith(STATEFUL)
         if self.size > self.max_size and (wanted.whole() or convert):
             raise ToolError(
                 f"{self.shown} has {self.size} bytes, more than max_size={self.max_size};"
                 + (" raise max_size" if convert else " read a part with head, tail or offset, or raise max_size")
             )
         if self.size == 0 or convert:  # size 0: files in /proc have content all the same
-            data = self.source.read(self.max_size + 1) or b""
+            with open(self.source.fileno(), "rb", closefd=False) as file:  # buffered: /proc gives a page at a time
+                data = file.read(self.max_size + 1) or b""
             if len(data) > self.max_size:
                 raise ToolError(f"{self.shown} has more than max_size={self.max_size} bytes; raise max_size")
             if convert:
@@ -749,7 +763,13 @@ class Text:
             raise ToolError(f"{self.shown} is too large to scan in {WALK_LIMIT:g} s; use tail, or a smaller offset")
         self.source.seek(position)
         # The space for `count` bytes would be set aside first: for a small file, 10 MB take longer than reading it.
-        return self.source.read(max(0, min(count, self.size - position))) or b""
+        count = max(0, min(count, self.size - position))
+        data = self.source.read(count) or b""
+        while 0 < len(data) < count and (more := self.source.read(count - len(data))):
+            data += more
+        if len(data) < count:  # files in /sys are shorter than they claim
+            self.size = position + len(data)
+        return data
 
     def decode(self, data: bytes, position: int, *, final: bool) -> str:
         """Bytes as text, never with replacement characters. Raises ToolError that names the byte and a way out."""
@@ -879,17 +899,21 @@ def read_parts(files: Files, paths: Sequence[str], max_output: int, work: Work) 
     used = 0
     for number, path in enumerate(paths):
         if parts and max_output and used >= max_output:
-            parts.append(trailer(f"files 1-{number} of {len(paths)} shown", paths=list(paths[number:])))
+            fact = f"files 1-{number} of {len(paths)} shown"
+            rest = trailer(fact, paths=list(paths[number:]))
+            if len(rest) > max_output:  # paths can be so long that their list would be the larger part of the result
+                rest = trailer(f"{fact}; continue with the last {len(paths) - number} of these paths")
+            parts.append(rest)
             break
-        rest = max(1, max_output - used) if max_output else 0
+        left = max(1, max_output - used) if max_output else 0
         try:
-            part = read_part(files, path, "utf-8", MAX_FILE, Slice(), rest, work)
+            part = read_part(files, path, "utf-8", MAX_FILE, Slice(), left, work)
             if part.fact:
                 part = Part(part.text, f"{part.fact}, read_file has the rest", {"path": path} | part.resume)
             text = str(part)
         except ToolError as exc:
             text = f"[error: {exc}]"
-        parts.append(f"==> {printable(path)} <==\n{text.removesuffix(chr(10))}")
+        parts.append(f"==> {printable(path)[:MAX_PATH]} <==\n{text.removesuffix(chr(10))}")
         used += len(parts[-1]) + 1
     return "\n".join(parts)
 
@@ -906,15 +930,17 @@ class Query:
     ignore_case: bool
     context: int
 
-    def needle(self) -> bytes:
-        """Bytes without which a file cannot match, so that most files are put aside without being decoded."""
-        return b"" if self.regex or self.ignore_case else self.pattern.encode("utf-8", "surrogatepass")
+    def find(self, line: str) -> int:
+        """Where the text that is looked for stands in a line; -1 if it does not, or if that is not known."""
+        if self.regex:
+            return -1
+        return line.casefold().find(self.pattern.casefold()) if self.ignore_case else line.find(self.pattern)
 
     def clip(self, line: str) -> str:
         """A line as it is shown: a long one is cut around the match, and says so."""
         if len(line) <= MAX_LINE:
             return line
-        start = max(0, line.find(self.pattern) - MAX_LINE // 4)
+        start = max(0, self.find(line) - MAX_LINE // 4)
         end = start + MAX_LINE
         before = f"[{start} characters]…" if start else ""
         return before + line[start:end] + (f"…[{len(line) - end} characters]" if end < len(line) else "")
@@ -946,7 +972,9 @@ class TextSearch:
         self._work = work
         self._located = files.sandbox.resolve(path)
         self._query = query
-        self._needle = query.needle()
+        # Bytes without which a file cannot match, so that most files are put aside without being decoded.
+        plain = not (query.regex or query.ignore_case)
+        self._needle = query.pattern.encode("utf-8", "surrogatepass") if plain else b""
         self._wanted = glob_matcher(glob) if glob else None
         self._walk = Walk(files, self._located, work, asked=glob)
         self.skipped = self._walk.skipped
@@ -959,8 +987,10 @@ class TextSearch:
             raise ToolError("the pattern has a line break, but lines are searched one by one; search for one line")
         if self._needle:
             return lambda line: query.pattern in line
-        pattern = query.pattern if query.regex else escape(query.pattern)
-        found = linear_regex(("(?i)" if query.ignore_case else "") + pattern)
+        if not query.regex:
+            folded = query.pattern.casefold()
+            return lambda line: folded in line.casefold()
+        found = linear_regex(("(?i)" if query.ignore_case else "") + query.pattern)
 
         def matches(line: str) -> bool:
             if len(line) > MAX_REGEX_LINE:
@@ -1001,8 +1031,9 @@ class TextSearch:
                 self.skipped[f"files larger than {MAX_FILE} bytes"] += 1
                 return
             data = os.read(fd, info.st_size or 4096)
-            if data and not info.st_size:  # files in /proc have content all the same
-                data += os.read(fd, MAX_FILE)
+            if data and not info.st_size:  # files in /proc have content all the same, and give a page at a time
+                with open(fd, "rb", closefd=False) as rest:
+                    data += rest.read(MAX_FILE) or b""
         except OSError:
             self.skipped["unreadable files"] += 1
             return
@@ -1037,9 +1068,18 @@ def file_info(files: Files, path: str) -> FileInfo:
         accessed=iso(info.st_atime),
         created=None if born is None else iso(born),
         permissions=stat.filemode(info.st_mode),
-        mime_type=mimetypes.guess_type(itself.shown)[0],
+        mime_type=mime_type(itself.shown) if stat.S_ISREG(info.st_mode) else None,
         link_target=target,
     )
+
+
+def mime_type(name: str) -> str | None:
+    """The MIME type by the name of a file."""
+    # The slash: without it, a name may be taken for a URL that tells its own type.
+    mime, compression = mimetypes.guess_type(f"/{name}")
+    if compression is None:
+        return mime
+    return "application/gzip" if compression == "gzip" else None
 
 
 def read_media(files: Files, path: str) -> CallToolResult:
@@ -1047,12 +1087,13 @@ def read_media(files: Files, path: str) -> CallToolResult:
     fd, info = files.open(path)
     shown = printable(path)
     with open(fd, "rb") as file, explained(shown):
-        data = file.read(MAX_FILE + 1)
+        data = file.read(MAX_FILE + 1) or b""
+    if not data:
+        raise ToolError(f"{shown} is empty; there is nothing to show")
     if len(data) > MAX_FILE:
-        raise ToolError(
-            f"{shown} has {info.st_size} bytes, more than the {MAX_FILE} of a media file; ask for a smaller one"
-        )
-    mime = mimetypes.guess_type(shown)[0] or "application/octet-stream"
+        size = max(info.st_size, len(data))
+        raise ToolError(f"{shown} has {size} bytes, more than the {MAX_FILE} of a media file; ask for a smaller one")
+    mime = mime_type(shown) or "application/octet-stream"
     encoded = base64.b64encode(data).decode()
     if mime.startswith("image/"):
         return CallToolResult(content=[ImageContent(data=encoded, mime_type=mime)])
@@ -1109,6 +1150,12 @@ class Target:
     shown: str
     old: bytes | None
     info: os.stat_result | None
+    work: Work
+
+    def refuse_late(self) -> None:
+        """Raises ToolError when nobody waits any more: who was told that a call failed must not find its work done."""
+        if self.work.over():
+            raise ToolError(f"{self.shown}: there was no time to finish, nothing was written; make smaller changes")
 
     def replace(self, data: bytes) -> None:
         """Put the new content in place, with the mode, owner and extended attributes of the old file. Raises OSError,
@@ -1122,6 +1169,7 @@ class Target:
                     copy_attributes(self, fd)
                 os.fsync(fd)
                 self.refuse_changed()
+                self.refuse_late()
                 if isinstance(self.directory, str):  # Windows renames no open file; elsewhere its lock is still needed
                     os.close(fd)
                     fd = -1
@@ -1174,9 +1222,18 @@ def identity(info: os.stat_result | None) -> tuple[int, ...] | None:
 def copy_attributes(target: Target, fd: int) -> None:
     """Give the open file the owner, the extended attributes (ACLs are among them) and the mode of the old one."""
     assert target.info is not None
+    mode = stat.S_IMODE(target.info.st_mode)
     if hasattr(os, "fchown"):
-        with suppress(OSError):  # only root may give a file away
-            os.fchown(fd, target.info.st_uid, target.info.st_gid)
+        with suppress(OSError):  # only root may give a file away, but a group that one is in may be given to it
+            os.fchown(fd, -1, target.info.st_gid)
+        with suppress(OSError):
+            os.fchown(fd, target.info.st_uid, -1)
+        now = os.fstat(fd)
+        # Rights that were another's must not become rights of ours: set-user-ID would run the new text as this user.
+        if (now.st_uid, now.st_gid) != (target.info.st_uid, target.info.st_gid):
+            mode &= 0o777
+        if now.st_gid != target.info.st_gid:
+            mode &= 0o707
     if hasattr(os, "listxattr"):
         old = open_at(target.directory, target.name)
         try:
@@ -1188,7 +1245,7 @@ def copy_attributes(target: Target, fd: int) -> None:
         finally:
             os.close(old)
     if os.chmod in os.supports_fd:  # not on Windows, where a file that may not be written cannot be replaced either
-        os.chmod(fd, stat.S_IMODE(target.info.st_mode))
+        os.chmod(fd, mode)
 
 
 @contextmanager
@@ -1199,6 +1256,8 @@ def writing(files: Files, path: str, work: Work) -> Generator[Target]:
     files.refuse_secret(located)
     if not located.parts:
         raise ToolError(f"{located.shown} is an allowed directory; give the path of a file in it")
+    if path.endswith("/") or TEMPORARY.fullmatch(located.parts[-1]):
+        raise ToolError(f"{located.shown} is no name for a file (a directory's, or a temporary file's); choose another")
     try:
         directory, name = files.sandbox.open_parent(located, for_writing=True)
     except ToolError as exc:
@@ -1211,12 +1270,12 @@ def writing(files: Files, path: str, work: Work) -> Generator[Target]:
             while True:
                 try:
                     fd, info = open_file_at(directory, name)
+                    # Whoever held the lock may have put a new file under the name: the lock must be on that one.
+                    if try_lock(fd) and identity(info) == identity(stat_at(directory, name)):
+                        break
                 except FileNotFoundError:
-                    yield Target(directory, name, located.shown, None, None)
+                    yield Target(directory, name, located.shown, None, None, work)
                     return
-                # Whoever held the lock may have put a new file under the name: the lock must be on that one.
-                if try_lock(fd) and identity(info) == identity(stat_at(directory, name)):
-                    break
                 os.close(fd)
                 fd = -1
                 if work.over() or time.monotonic() > patience:
@@ -1224,12 +1283,14 @@ def writing(files: Files, path: str, work: Work) -> Generator[Target]:
                 time.sleep(0.005)
             if info.st_size > MAX_FILE:
                 raise ToolError(f"{located.shown} has {info.st_size} bytes, more than {MAX_FILE}; it is left alone")
+            if not writable_at(directory, name):
+                raise ToolError(f"{located.shown} is write-protected and left alone; ask the user to permit writing it")
             with open(fd, "rb", closefd=False) as file:
                 old = file.read()
             if isinstance(directory, str):  # Windows replaces no open file
                 os.close(fd)
                 fd = -1
-            yield Target(directory, name, located.shown, old, info)
+            yield Target(directory, name, located.shown, old, info, work)
     finally:
         if fd >= 0:
             os.close(fd)
@@ -1250,76 +1311,116 @@ def write_text(files: Files, path: str, content: str, work: Work) -> str:
 
 # ------------------------------------------------------------------------------------------------------- editing
 
-BOMS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be"))
+MAX_COMPARED = 20_000  # lines of a file in which a near miss is looked for
+MAX_RATIOS = 200  # of these lines compared letter by letter: up to 10 ms each
+MAX_PAIRS = 5_000_000  # pairs of equal lines that a diff may look at: about a second
+# UTF-32 first: its mark begins like that of UTF-16.
+BOMS = (
+    (codecs.BOM_UTF32_LE, "utf-32-le"),
+    (codecs.BOM_UTF32_BE, "utf-32-be"),
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"),
+    (codecs.BOM_UTF16_BE, "utf-16-be"),
+)
 
 
 def decode_to_edit(data: bytes, shown: str, encoding: str) -> tuple[bytes, str, str]:
     """A file's byte-order mark, its text, and the encoding that turns the text back into the same bytes."""
+    newline_in(encoding)
     bom, codec = next(((bom, codec) for bom, codec in BOMS if data.startswith(bom)), (b"", encoding))
     try:
         text = data[len(bom) :].decode(codec)
-        if codecs.lookup(codec).name in NOT_TEXT or bom + text.encode(codec) != data:
+        if bom + text.encode(codec) != data:
             raise ValueError
-    except (LookupError, ValueError):
+    except ValueError:
         raise ToolError(
             f'{shown} cannot be edited as {encoding[:40]}; pass its encoding, such as "cp1252", or "latin-1" for any'
         ) from None
     return bom, text, codec
 
 
-def replace_once(text: str, edit: Edit, number: int, shown: str) -> str:
-    """The text with one edit made. A line break in oldText stands for either kind, and newText gets the kind that
-    stands where it goes. Raises ToolError unless oldText is there exactly once."""
+def replace_once(text: str, edit: Edit, number: int, shown: str) -> tuple[str, int, int]:
+    """The text with one edit made, and how many characters before and after the edit stay as they are. A line break in
+    oldText stands for either kind, and newText gets the kind that stands where it goes. Raises ToolError unless
+    oldText is there exactly once."""
     plain, old, new = (part.replace("\r\n", "\n") for part in (text, edit.oldText, edit.newText))
     if old == new:
         raise ToolError(f"edit {number} changes nothing; give a newText that differs from its oldText")
     start = plain.find(old)
     if start < 0:
         raise ToolError(f"edit {number}: oldText was not found in {shown}, nothing was written; {nearest(plain, old)}")
-    if plain.find(old, start + 1) >= 0:
-        places = [match.start() for match in re.finditer(f"(?={re.escape(old)})", plain)]
+    places = [start]
+    while len(places) <= 10 and (start := plain.find(old, start + 1)) >= 0:
+        places.append(start)
+    if len(places) > 1:
         lines = ", ".join(str(plain.count("\n", 0, at) + 1) for at in places[:10])
+        # Looking for more places one by one takes hours where a long oldText overlaps itself; count() takes one pass.
         raise ToolError(
-            f"edit {number}: oldText was found {len(places)} times in {shown} (at lines {lines}"
+            f"edit {number}: oldText was found {max(len(places), plain.count(old))} times in {shown} (at lines {lines}"
             f"{' ...' if len(places) > 10 else ''}), nothing was written; make it longer, so that it is there once"
         )
     # Where the line breaks of two characters are, as positions in the plain text.
     breaks = [match.start() - count for count, match in enumerate(re.finditer("\r\n", text))]
-    first, last = bisect_left(breaks, start), bisect_left(breaks, start + len(old))
+    first, last = bisect_left(breaks, places[0]), bisect_left(breaks, places[0] + len(old))
     inside = old.count("\n")
     two = last - first > inside / 2 if inside else len(breaks) > plain.count("\n") / 2
-    return text[: start + first] + (new.replace("\n", "\r\n") if two else new) + text[start + len(old) + last :]
+    before, after = text[: places[0] + first], text[places[0] + len(old) + last :]
+    return before + (new.replace("\n", "\r\n") if two else new) + after, len(before), len(after)
 
 
 def nearest(text: str, old: str) -> str:
-    """The lines of the text that come nearest to `old`, as a short diff, to tell what is wrong with it."""
-    lines, wanted = text.split("\n")[:20_000], old.split("\n")
+    """The place in the text that comes nearest to `old`, as a short diff, to tell what is wrong with it.
+
+    Comparing two lines letter by letter takes milliseconds, and a text can be made that wants it for every line: so
+    lines, their length, their number and the number of comparisons all have a bound.
+    """
+    lines, wanted = text.split("\n", MAX_COMPARED)[:MAX_COMPARED], old.split("\n")
     anchor = max(range(len(wanted)), key=lambda at: len(wanted[at].strip()))
-    matcher = difflib.SequenceMatcher(None, b=wanted[anchor].strip()[:200], autojunk=False)
-    best, where = 0.6, -1
+    matcher = difflib.SequenceMatcher(None, b=wanted[anchor].strip()[:100], autojunk=False)
+    best, where, ratios = 0.6, -1, 0
     for at, line in enumerate(lines):
-        matcher.set_seq1(line.strip()[:200])
-        if matcher.real_quick_ratio() > best and matcher.quick_ratio() > best and matcher.ratio() > best:
-            best, where = matcher.ratio(), at
+        matcher.set_seq1(line.strip()[:100])
+        if ratios < MAX_RATIOS and matcher.real_quick_ratio() > best and matcher.quick_ratio() > best:
+            ratios += 1
+            if (ratio := matcher.ratio()) > best:
+                best, where = ratio, at
     if where < 0:
         return "no line of the file is like it: read the file and copy the text from there"
     start = max(0, where - anchor)
     there = lines[start : start + len(wanted)]
-    diff = [line[:200] for line in difflib.ndiff(wanted, there) if not line.startswith("?")]
-    return f"the nearest text is at line {start + 1} (- is oldText, + is the file):\n" + "\n".join(diff[:30])
+    differs = next((at for at, (a, b) in enumerate(zip(wanted, there, strict=False)) if a != b), len(there) - 1)
+    same = next((at for at, (a, b) in enumerate(zip(wanted[differs], there[differs], strict=False)) if a != b), 0)
+    first, left = max(0, differs - 1), max(0, same - 100)
+    shown, found = ([line[left : left + 200] for line in part[first : first + 10]] for part in (wanted, there))
+    diff = "\n".join(line for line in difflib.ndiff(shown, found) if not line.startswith("?"))
+    return f"the nearest text is at line {start + first + 1} (- is oldText, + is the file):\n{diff}"
 
 
-def unified_diff(before: str, after: str, shown: str, max_output: int) -> str:
-    """What an edit changes, with three lines of context."""
-    old, new = (re.findall(r"[^\n]*\n|[^\n]+", text.replace("\r\n", "\n")) for text in (before, after))
-    diff = difflib.unified_diff(old, new, shown, shown)
-    lines = [line if line.endswith("\n") else f"{line}\n\\ No newline at end of file\n" for line in diff]
-    text, shown_lines = "", 0
-    for line in lines:
-        if max_output and text and len(text) + len(line) > max_output:
-            return text + trailer(f"lines 1-{shown_lines} of {len(lines)} of the diff shown; read_file shows the file")
-        text, shown_lines = text + line, shown_lines + 1
-    return text or "(only the kind of line breaks changes)\n"
+def unified_diff(before: str, after: str, head: int, tail: int, shown: str, max_output: int) -> str:
+    """What an edit changes, with three lines of context; the first `head` and last `tail` characters are the same."""
+    # Only the lines between are compared: difflib takes minutes for a long log whose lines are alike.
+    start, end = head + 1, len(before) - tail
+    for _ in range(4):
+        start = before.rfind("\n", 0, max(0, start - 1)) + 1
+        end = before.find("\n", end) + 1 or len(before)
+    texts = before[start:end], after[start : len(after) - (len(before) - end)]
+    old, new = (re.findall(r"[^\n]*\n|[^\n]+", text.replace("\r\n", "\n")) for text in texts)
+    counts, popular = Counter(new), len(new) // 100 + 1  # difflib passes over lines that are more frequent than that
+    if 10 * len(old) + sum(counts[line] for line in old if counts[line] <= popular) > MAX_PAIRS:
+        return f"(the edits span {len(new)} lines, too many for a diff; read_file shows the file)\n"
+    skipped = before.count("\n", 0, start)
+    lines: list[str] = []
+    used = 0
+    diff = list(difflib.unified_diff(old, new, shown, shown))
+    for line in diff:
+        if line.startswith("@@"):
+            line = re.sub(r"(?<=[-+])\d+", lambda number: str(int(number[0]) + skipped), line)
+        lines.append(line if line.endswith("\n") else f"{line}\n\\ No newline at end of file\n")
+        used += len(lines[-1])
+        if max_output and used > max_output and len(lines) > 1:
+            fact = f"lines 1-{len(lines) - 1} of {len(diff)} of the diff shown; read_file shows the file"
+            return "".join(lines[:-1]) + trailer(fact)
+    return "".join(lines) or "(only the kind of line breaks changes)\n"
 
 
 def edit_text(
@@ -1330,16 +1431,18 @@ def edit_text(
         if target.old is None:
             raise ToolError(f"not found: {target.shown}; write_file makes new files")
         bom, before, codec = decode_to_edit(target.old, target.shown, encoding)
-        after = before
+        after, head, tail = before, len(before), len(before)
         for number, edit in enumerate(edits, 1):
-            after = replace_once(after, edit, number, target.shown)
+            target.refuse_late()
+            after, same_before, same_after = replace_once(after, edit, number, target.shown)
+            head, tail = min(head, same_before), min(tail, same_after)
         try:
             data = bom + after.encode(codec)
         except UnicodeEncodeError:
             raise ToolError(f"newText has characters that {codec} cannot write; nothing was written") from None
         if len(data) > MAX_FILE:
             raise ToolError(f"the file would have {len(data)} bytes, more than {MAX_FILE}; nothing was written")
-        diff = unified_diff(before, after, target.shown, max_output)
+        diff = unified_diff(before, after, head, tail, target.shown, max_output)
         if not dry_run:
             target.replace(data)
         return diff
@@ -1377,7 +1480,11 @@ def move(files: Files, source: str, destination: str, work: Work) -> str:
         raise ToolError(f"{new.shown} is {old.shown} itself or inside it; give a destination elsewhere")
     if any(root.path == os.path.join(old.root.path, *old.parts) for root in files.sandbox.roots):
         raise ToolError(f"{old.shown} is an allowed directory and stays where it is; give a path inside it")
-    refuse_moving_secrets(files, old, work)
+    is_directory = stat.S_ISDIR(files.sandbox.stat(old).st_mode)
+    if not is_directory and destination.endswith("/"):
+        raise ToolError(f"{new.shown} would be a directory, and {old.shown} is none; give the whole new path")
+    if is_directory:
+        refuse_unprotecting(files, old, new, work)
     from_directory, name = files.sandbox.open_parent(old, for_writing=True)
     try:
         to_directory, new_name = files.sandbox.open_parent(new, for_writing=True)
@@ -1392,14 +1499,19 @@ def move(files: Files, source: str, destination: str, work: Work) -> str:
     return f"moved {old.shown} to {new.shown}"
 
 
-def refuse_moving_secrets(files: Files, located: Located, work: Work) -> None:
-    """A directory with secret files in it is not moved: under another path they could be opened."""
-    if not stat.S_ISDIR(files.sandbox.stat(located).st_mode):
+def refuse_unprotecting(files: Files, old: Located, new: Located, work: Work) -> None:
+    """A directory is not moved if a file in it that may not be opened could be under its new path: a glob that was
+    given with --deny may name the directory. Raises ToolError."""
+    if not files.deny:  # all other rules are about names that move along
         return
-    for listing in Walk(files, located, work, []).listings():
+    walk = Walk(files, old, work, [])
+    for listing in walk.listings():
         for entry in listing.entries:
-            if files.is_secret(f"{located.path}/{listing.prefix}{entry.name}"):
-                raise ToolError(f"{located.shown} has files in it that hold secrets by their names, and is not moved")
+            below = f"/{listing.prefix}{entry.name}"
+            if files.is_secret(old.path + below) and not files.is_secret(new.path + below):
+                raise ToolError(f"{old.shown} has files in it that --deny protects where they are, and is not moved")
+    if walk.notes():
+        raise ToolError(f"{old.shown} could not be searched for files that --deny protects, and is not moved")
 
 
 # ---------------------------------------------------------------------------------------------- the writing tools
