@@ -1253,48 +1253,46 @@ def writing(files: Files, path: str, work: Work) -> Generator[Target]:
     """Opens a file's directory, locks the file if it exists, and reads it: until the end of the block nobody else who
     asks for the lock writes it. Raises ToolError."""
     located = files.sandbox.resolve(path)
+    shown = located.shown
     files.refuse_secret(located)
     if not located.parts:
-        raise ToolError(f"{located.shown} is an allowed directory; give the path of a file in it")
+        raise ToolError(f"{shown} is an allowed directory; give the path of a file in it")
     if path.endswith("/") or TEMPORARY.fullmatch(located.parts[-1]):
-        raise ToolError(f"{located.shown} is no name for a file (a directory's, or a temporary file's); choose another")
-    try:
-        directory, name = files.sandbox.open_parent(located, for_writing=True)
-    except ToolError as exc:
-        raise ToolError(f"{exc}; create_directory makes directories") from None
-    fd = -1
-    try:
-        with explained(located.shown):
-            remove_leftovers(directory)
-            patience = time.monotonic() + LOCK_WAIT
-            while True:
-                try:
-                    fd, info = open_file_at(directory, name)
-                    # Whoever held the lock may have put a new file under the name: the lock must be on that one.
-                    if try_lock(fd) and identity(info) == identity(stat_at(directory, name)):
-                        break
-                except FileNotFoundError:
-                    yield Target(directory, name, located.shown, None, None, work)
-                    return
-                os.close(fd)
-                fd = -1
-                if work.over() or time.monotonic() > patience:
-                    raise ToolError(f"{located.shown} is being written by another program; try again later")
-                time.sleep(0.005)
+        raise ToolError(f"{shown} is no name for a file (a directory's, or a temporary file's); choose another")
+    with files.sandbox.parent(located, for_writing=True) as (directory, name):
+        remove_leftovers(directory)
+        try:
+            fd, info = open_locked(directory, name, shown, work)
+        except FileNotFoundError:
+            yield Target(directory, name, shown, None, None, work)
+            return
+        with open(fd, "rb") as file:
             if info.st_size > MAX_FILE:
-                raise ToolError(f"{located.shown} has {info.st_size} bytes, more than {MAX_FILE}; it is left alone")
+                raise ToolError(f"{shown} has {info.st_size} bytes, more than {MAX_FILE}; it is left alone")
             if not writable_at(directory, name):
-                raise ToolError(f"{located.shown} is write-protected and left alone; ask the user to permit writing it")
-            with open(fd, "rb", closefd=False) as file:
-                old = file.read()
+                raise ToolError(f"{shown} is write-protected and left alone; ask the user to permit writing it")
+            target = Target(directory, name, shown, file.read(), info, work)
             if isinstance(directory, str):  # Windows replaces no open file
-                os.close(fd)
-                fd = -1
-            yield Target(directory, name, located.shown, old, info, work)
-    finally:
-        if fd >= 0:
+                file.close()
+            yield target
+
+
+def open_locked(directory: Handle, name: str, shown: str, work: Work) -> tuple[int, os.stat_result]:
+    """Open a file, locked until it is closed. Raises OSError, or ToolError if others do not let go of it."""
+    patience = time.monotonic() + LOCK_WAIT
+    while True:
+        fd, info = open_file_at(directory, name)
+        try:
+            # Whoever held the lock may have put a new file under the name: the lock must be on that one.
+            if try_lock(fd) and identity(info) == identity(stat_at(directory, name)):
+                return fd, info
+        except OSError:
             os.close(fd)
-        close_handle(directory)
+            raise
+        os.close(fd)
+        if work.over() or time.monotonic() > patience:
+            raise ToolError(f"{shown} is being written by another program; try again later")
+        time.sleep(0.005)
 
 
 def write_text(files: Files, path: str, content: str, work: Work) -> str:
@@ -1485,16 +1483,11 @@ def move(files: Files, source: str, destination: str, work: Work) -> str:
         raise ToolError(f"{new.shown} would be a directory, and {old.shown} is none; give the whole new path")
     if is_directory:
         refuse_unprotecting(files, old, new, work)
-    from_directory, name = files.sandbox.open_parent(old, for_writing=True)
-    try:
-        to_directory, new_name = files.sandbox.open_parent(new, for_writing=True)
-        try:
-            with explained(new.shown):
-                rename_new_at(from_directory, name, to_directory, new_name)
-        finally:
-            close_handle(to_directory)
-    finally:
-        close_handle(from_directory)
+    with (
+        files.sandbox.parent(old, for_writing=True) as (from_directory, name),
+        files.sandbox.parent(new, for_writing=True) as (to_directory, new_name),
+    ):
+        rename_new_at(from_directory, name, to_directory, new_name)
     audit(path=old.shown, destination=new.shown)
     return f"moved {old.shown} to {new.shown}"
 
