@@ -220,19 +220,13 @@ def build_server(
         pattern names them."""
 
         def listed(work: Work) -> str:
-            matches = glob_matcher(pattern)
-            walk = Walk(files, files.sandbox.resolve(path), work, asked=pattern)
+            walk = Walk(files, path, work, asked=pattern)
             with closing(walk.listings(MAX_DEPTH if recursive else 1)) as listings:
-                found: Iterable[tuple[Listing, os.DirEntry[str]]] = (
-                    (listing, entry)
-                    for listing in (listings if recursive else [next(listings)])
-                    for entry in listing.entries
-                    if matches(printable(listing.prefix + entry.name))
-                )
-                if not recursive:
-                    found = list(found)
-                render = partial(list_line, walk.shown)
-                return page(found, "entries", max_output=max_output, offset=offset, render=render, notes=walk.notes)
+                if recursive:
+                    found: Iterable[tuple[Listing, os.DirEntry[str]]] = walk.matching(pattern, listings)
+                else:
+                    found = list(walk.matching(pattern, [next(listings)]))
+                return walk.page(found, "entries", max_output, offset, render=partial(list_line, walk.shown))
 
         return await walk_in_thread(ctx, listed)
 
@@ -248,9 +242,9 @@ def build_server(
         subdirectories. Directories that were not entered are marked. For sizes and times use list_directory."""
 
         def drawn(work: Work) -> str:
-            walk = Walk(files, files.sandbox.resolve(path), work, exclude_patterns)
+            walk = Walk(files, path, work, exclude_patterns)
             with closing(tree_lines(walk, max_depth)) as lines:
-                return page(lines, "lines", max_output=max_output, offset=offset, notes=walk.notes)
+                return walk.page(lines, "lines", max_output, offset)
 
         return await walk_in_thread(ctx, drawn)
 
@@ -268,16 +262,11 @@ def build_server(
         and {a,b}; case matters. To search in the text of files use search_text."""
 
         def found(work: Work) -> str:
-            matches = glob_matcher(pattern)
-            walk = Walk(files, files.sandbox.resolve(path), work, exclude_patterns, asked=pattern)
+            walk = Walk(files, path, work, exclude_patterns, asked=pattern)
             with closing(walk.listings()) as listings:
-                paths = (
-                    joined(walk.shown, listing.prefix + entry.name)
-                    for listing in listings
-                    for entry in listing.entries
-                    if matches(printable(listing.prefix + entry.name))
-                )
-                return page(paths, "matches", max_output=max_output, offset=offset, notes=walk.notes)
+                entries = walk.matching(pattern, listings)
+                paths = (joined(walk.shown, listing.prefix + entry.name) for listing, entry in entries)
+                return walk.page(paths, "matches", max_output, offset)
 
         return await walk_in_thread(ctx, found)
 
@@ -299,9 +288,7 @@ def build_server(
         def searched(work: Work) -> str:
             search = TextSearch(files, path, Query(pattern, regex, ignore_case, context), glob, work)
             with closing(search.matches()) as matches:
-                return page(
-                    matches, "matches", max_output=max_output, offset=offset, limit=max_matches, notes=search.notes
-                )
+                return search.walk.page(matches, "matches", max_output, offset, limit=max_matches)
 
         return await walk_in_thread(ctx, searched, REGEX_WALKERS if regex else WALKERS)
 
@@ -407,6 +394,11 @@ class Work:
         """Whether the thread must stop: its time is up, or nobody waits for it any more."""
         return self.cancelled or time.monotonic() > self.deadline
 
+    def refuse_late(self) -> None:
+        """Raises ToolError when nobody waits any more: who was told that a call failed must not find its work done."""
+        if self.over():
+            raise ToolError(f"{WALK_LIMIT:g} s were not enough, nothing was changed; make a smaller change")
+
 
 QUICK = 0.001  # seconds: nearly all disks answer sooner than the event loop could do something else in the meantime
 THREADS = ThreadPoolExecutor(500, "fs")  # they are made at need; a disk that hangs must not use them all up
@@ -496,9 +488,8 @@ class Files:
                 " ask the user to start the server with --allow-secrets or without this --deny"
             )
 
-    def open(self, path: str) -> tuple[int, os.stat_result]:
+    def open(self, located: Located) -> tuple[int, os.stat_result]:
         """Open one file for reading. Raises ToolError."""
-        located = self.sandbox.resolve(path)
         self.refuse_secret(located)
         return self.sandbox.open_file(located)
 
@@ -507,7 +498,7 @@ class Files:
         end: what is left there goes with the next write to its directory."""
         for root in self.sandbox.roots:
             with suppress(ToolError):
-                for listing in Walk(self, Located(root, (), "."), Work(time.monotonic() + 1)).listings():
+                for listing in Walk(self, root.path, Work(time.monotonic() + 1)).listings():
                     remove_leftovers(listing.handle)
 
 
@@ -527,11 +518,11 @@ class Walk:
     """The directories below one, in a stable order, each reached from its parent's descriptor; symlinks are not
     followed. `skipped` counts what was left out, and why."""
 
-    def __init__(self, files: Files, start: Located, work: Work, exclude: Sequence[str] | None = None, asked: str = ""):
+    def __init__(self, files: Files, path: str, work: Work, exclude: Sequence[str] | None = None, asked: str = ""):
         self.skipped: Counter[str] = Counter()
-        self.shown = start.shown
+        self.start = files.sandbox.resolve(path)
+        self.shown = self.start.shown
         self._files = files
-        self._start = start
         self._work = work
         self._excluded = glob_matcher(*exclude) if exclude else None
         # Junk is walked when it is asked for: exclude_patterns=[], or its name in the pattern.
@@ -541,6 +532,24 @@ class Walk:
         """What was left out, as facts for a trailer."""
         late = [f"stopped after {WALK_LIMIT:g} s: give a narrower path or glob"] if self._work.over() else []
         return late + [f"skipped {count} {what}" for what, count in sorted(self.skipped.items())]
+
+    def page(self, items: Iterable[T], noun: str, max_output: int, offset: int, **how: Any) -> str:
+        """The items from `offset` on that the walk has found, as a result. Raises ToolError."""
+        try:
+            return page(items, noun, max_output=max_output, offset=offset, notes=self.notes, **how)
+        except ToolError:
+            if offset and self._work.over():  # the items may be there, further than the walk came
+                late = f"stopped after {WALK_LIMIT:g} s, before offset={offset}; give a narrower path or glob"
+                raise ToolError(late) from None
+            raise
+
+    def matching(self, pattern: str, listings: Iterable[Listing]) -> Iterator[tuple[Listing, os.DirEntry[str]]]:
+        """The entries whose path below the start matches a glob. Raises ToolError for a glob that is not valid."""
+        matches = glob_matcher(pattern)
+        for listing in listings:
+            for entry in listing.entries:
+                if matches(printable(listing.prefix + entry.name)):
+                    yield listing, entry
 
     def _list(self, handle: Handle, prefix: str, depth: int) -> Listing:
         with os.scandir(handle) as found:
@@ -553,10 +562,10 @@ class Walk:
     def listings(self, max_depth: int = MAX_DEPTH) -> Generator[Listing]:
         """Each directory before its subdirectories; those that are not entered come with a mark. Raises ToolError
         if the start cannot be listed."""
-        listing = Listing("", 0, self._files.sandbox.open_directory(self._start), [])
+        listing = Listing("", 0, self._files.sandbox.open_directory(self.start), [])
         stack: list[tuple[Listing, Iterator[os.DirEntry[str]]]] = [(listing, iter(()))]
         try:
-            with explained(self._start.shown):
+            with explained(self.shown):
                 listing = self._list(listing.handle, "", 0)
             stack = [(listing, iter(listing.entries))]
             yield listing
@@ -677,10 +686,6 @@ class Slice:
     offset: int = 0
     column: int = 0
 
-    def whole(self) -> bool:
-        """Whether no part was asked for."""
-        return not (self.head or self.tail or self.offset or self.column)
-
 
 def end_of_lines(data: bytes, lines: int) -> int:
     """Where the first `lines` lines end, or the length of data that has fewer."""
@@ -721,7 +726,7 @@ class Text:
         # Lines can be found in the bytes only where a newline is a byte of its own, and a text can be entered in the
         # middle only where bytes mean the same everywhere; others, such as UTF-16, are converted as a whole.
         convert = newline_in(self.encoding) != b"\n" or codecs.lookup(self.encoding).name.startswith(STATEFUL)
-        if self.size > self.max_size and (wanted.whole() or convert):
+        if self.size > self.max_size and (wanted == Slice() or convert):
             raise ToolError(
                 f"{self.shown} has {self.size} bytes, more than max_size={self.max_size};"
                 + (" raise max_size" if convert else " read a part with head, tail or offset, or raise max_size")
@@ -883,14 +888,12 @@ def read_part(
     files: Files, path: str, encoding: str, max_size: int, wanted: Slice, max_output: int, work: Work
 ) -> Part:
     """What `read_file` answers. Raises ToolError."""
-    fd, info = files.open(path)
-    text = Text(fd, info.st_size, printable(path), encoding, max_size, work)
-    try:
-        with explained(text.shown):
-            text.prepare(wanted)
-            return text.part(wanted, max_output)
-    finally:
-        text.close()
+    located = files.sandbox.resolve(path)
+    fd, info = files.open(located)
+    text = Text(fd, info.st_size, located.shown, encoding, max_size, work)
+    with closing(text), explained(text.shown):
+        text.prepare(wanted)
+        return text.part(wanted, max_output)
 
 
 def read_parts(files: Files, paths: Sequence[str], max_output: int, work: Work) -> str:
@@ -968,17 +971,15 @@ class TextSearch:
     """Searches the files below a path for a text; `skipped` counts those it could not search, and why."""
 
     def __init__(self, files: Files, path: str, query: Query, glob: str, work: Work) -> None:
+        self.walk = Walk(files, path, work, asked=glob)
+        self._skipped = self.walk.skipped
         self._files = files
         self._work = work
-        self._located = files.sandbox.resolve(path)
         self._query = query
         # Bytes without which a file cannot match, so that most files are put aside without being decoded.
         plain = not (query.regex or query.ignore_case)
         self._needle = query.pattern.encode("utf-8", "surrogatepass") if plain else b""
         self._wanted = glob_matcher(glob) if glob else None
-        self._walk = Walk(files, self._located, work, asked=glob)
-        self.skipped = self._walk.skipped
-        self.notes = self._walk.notes
         self._predicate = self._line_predicate()
 
     def _line_predicate(self) -> Callable[[str], bool]:
@@ -994,18 +995,18 @@ class TextSearch:
 
         def matches(line: str) -> bool:
             if len(line) > MAX_REGEX_LINE:
-                self.skipped[f"line ends after {MAX_REGEX_LINE} characters (plain text is searched to the end)"] += 1
+                self._skipped[f"line ends after {MAX_REGEX_LINE} characters (plain text is searched to the end)"] += 1
             return not self._work.over() and found(line[:MAX_REGEX_LINE])
 
         return matches
 
     def matches(self) -> Generator[str]:
         """All matches, file by file. Raises ToolError."""
-        shown, start = self._located.shown, self._located.path
-        if self._located.parts and not stat.S_ISDIR(self._files.sandbox.stat(self._located).st_mode):
-            yield from self._in_file(*self._files.open(shown), shown)
+        start = self.walk.start
+        if start.parts and not stat.S_ISDIR(self._files.sandbox.stat(start).st_mode):
+            yield from self._in_file(*self._files.open(start), start.shown)
             return
-        for listing in self._walk.listings():
+        for listing in self.walk.listings():
             for entry in listing.entries:
                 if self._work.over():
                     return
@@ -1014,33 +1015,33 @@ class TextSearch:
                 relative = listing.prefix + entry.name
                 if self._wanted and not self._wanted(printable(relative)):
                     continue
-                if self._files.is_secret(f"{start}/{relative}" if start else relative):
-                    self.skipped["secret files"] += 1
+                if self._files.is_secret(f"{start.path}/{relative}" if start.parts else relative):
+                    self._skipped["secret files"] += 1
                     continue
                 try:
                     fd, info = open_file_at(listing.handle, entry.name)
                 except OSError:
-                    self.skipped["unreadable files"] += 1
+                    self._skipped["unreadable files"] += 1
                     continue
-                yield from self._in_file(fd, info, joined(shown, relative))
+                yield from self._in_file(fd, info, joined(start.shown, relative))
 
     def _in_file(self, fd: int, info: os.stat_result, name: str) -> Iterator[str]:
         self._work.visited += 1
         try:
             if info.st_size > MAX_FILE:
-                self.skipped[f"files larger than {MAX_FILE} bytes"] += 1
+                self._skipped[f"files larger than {MAX_FILE} bytes"] += 1
                 return
             data = os.read(fd, info.st_size or 4096)
             if data and not info.st_size:  # files in /proc have content all the same, and give a page at a time
                 with open(fd, "rb", closefd=False) as rest:
                     data += rest.read(MAX_FILE) or b""
         except OSError:
-            self.skipped["unreadable files"] += 1
+            self._skipped["unreadable files"] += 1
             return
         finally:
             os.close(fd)
         if b"\0" in data[:8192]:
-            self.skipped["binary files"] += 1
+            self._skipped["binary files"] += 1
         elif self._needle in data:
             yield from matches_in(data, name, self._query, self._predicate)
 
@@ -1084,8 +1085,9 @@ def mime_type(name: str) -> str | None:
 
 def read_media(files: Files, path: str) -> CallToolResult:
     """What `read_media_file` answers. Raises ToolError."""
-    fd, info = files.open(path)
-    shown = printable(path)
+    located = files.sandbox.resolve(path)
+    shown = located.shown
+    fd, info = files.open(located)
     with open(fd, "rb") as file, explained(shown):
         data = file.read(MAX_FILE + 1) or b""
     if not data:
@@ -1152,11 +1154,6 @@ class Target:
     info: os.stat_result | None
     work: Work
 
-    def refuse_late(self) -> None:
-        """Raises ToolError when nobody waits any more: who was told that a call failed must not find its work done."""
-        if self.work.over():
-            raise ToolError(f"{self.shown}: there was no time to finish, nothing was written; make smaller changes")
-
     def replace(self, data: bytes) -> None:
         """Put the new content in place, with the mode, owner and extended attributes of the old file. Raises OSError,
         or ToolError if another program has changed the file since it was read."""
@@ -1169,7 +1166,7 @@ class Target:
                     copy_attributes(self, fd)
                 os.fsync(fd)
                 self.refuse_changed()
-                self.refuse_late()
+                self.work.refuse_late()
                 if isinstance(self.directory, str):  # Windows renames no open file; elsewhere its lock is still needed
                     os.close(fd)
                     fd = -1
@@ -1431,7 +1428,7 @@ def edit_text(
         bom, before, codec = decode_to_edit(target.old, target.shown, encoding)
         after, head, tail = before, len(before), len(before)
         for number, edit in enumerate(edits, 1):
-            target.refuse_late()
+            work.refuse_late()
             after, same_before, same_after = replace_once(after, edit, number, target.shown)
             head, tail = min(head, same_before), min(tail, same_after)
         try:
@@ -1487,6 +1484,7 @@ def move(files: Files, source: str, destination: str, work: Work) -> str:
         files.sandbox.parent(old, for_writing=True) as (from_directory, name),
         files.sandbox.parent(new, for_writing=True) as (to_directory, new_name),
     ):
+        work.refuse_late()
         rename_new_at(from_directory, name, to_directory, new_name)
     audit(path=old.shown, destination=new.shown)
     return f"moved {old.shown} to {new.shown}"
@@ -1497,7 +1495,7 @@ def refuse_unprotecting(files: Files, old: Located, new: Located, work: Work) ->
     given with --deny may name the directory. Raises ToolError."""
     if not files.deny:  # all other rules are about names that move along
         return
-    walk = Walk(files, old, work, [])
+    walk = Walk(files, old.shown, work, [])
     for listing in walk.listings():
         for entry in listing.entries:
             below = f"/{listing.prefix}{entry.name}"
