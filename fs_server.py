@@ -326,9 +326,7 @@ def linear_regex(pattern: str) -> Callable[[str], bool]:
         ) from None
 
 
-def escape(text: str) -> str:
-    """Text as a regular expression that matches just it."""
-    return "".join(c if c.isalnum() or c in "_/ " else f"\\x{{{ord(c):x}}}" for c in text)
+GLOB_PARTS = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
 
 
 def glob_regex(pattern: str) -> str:
@@ -339,14 +337,8 @@ def glob_regex(pattern: str) -> str:
     text = pattern.removeprefix("./").strip("/")
     out, depth = ["(?s)^(?:.*/)?" if "/" not in text else "(?s)^"], 0
     for part in re.findall(r"\*\*/|\*\*|\[!?\]?[^\]/]*\]|.", text, re.DOTALL):
-        if part == "**/":
-            out.append("(?:.*/)?")
-        elif part == "**":
-            out.append(".*")
-        elif part == "*":
-            out.append("[^/]*")
-        elif part == "?":
-            out.append("[^/]")
+        if part in GLOB_PARTS:
+            out.append(GLOB_PARTS[part])
         elif part == "{" and "}" in text:
             depth += 1
             out.append("(?:")
@@ -356,11 +348,10 @@ def glob_regex(pattern: str) -> str:
         elif part == "," and depth:
             out.append("|")
         elif len(part) > 1:
-            negated, body = part[1] == "!", part[1:-1].removeprefix("!")
-            body = "".join(c if c.isalnum() or c == "-" else f"\\x{{{ord(c):x}}}" for c in body)
-            out.append(f"[^/{body}]" if negated else f"[{body}]")
+            body = "".join(c if c == "-" else re.escape(c) for c in part[1:-1].removeprefix("!"))
+            out.append(f"[^/{body}]" if part[1] == "!" else f"[{body}]")
         else:
-            out.append(escape(part))
+            out.append(re.escape(part))
     return "".join(out) + "$"
 
 
@@ -552,8 +543,12 @@ class Walk:
                     yield listing, entry
 
     def _list(self, handle: Handle, prefix: str, depth: int) -> Listing:
-        with os.scandir(handle) as found:
-            entries = sorted(found, key=lambda entry: entry.name)
+        try:
+            with os.scandir(handle) as found:
+                entries = sorted(found, key=lambda entry: entry.name)
+        except OSError:
+            close_handle(handle)
+            raise
         if self._excluded:
             entries = [entry for entry in entries if not self._excluded(printable(prefix + entry.name))]
         self._work.visited += len(entries)
@@ -562,12 +557,10 @@ class Walk:
     def listings(self, max_depth: int = MAX_DEPTH) -> Generator[Listing]:
         """Each directory before its subdirectories; those that are not entered come with a mark. Raises ToolError
         if the start cannot be listed."""
-        listing = Listing("", 0, self._files.sandbox.open_directory(self.start), [])
-        stack: list[tuple[Listing, Iterator[os.DirEntry[str]]]] = [(listing, iter(()))]
+        with explained(self.shown):
+            listing = self._list(self._files.sandbox.open_directory(self.start), "", 0)
+        stack = [(listing, iter(listing.entries))]
         try:
-            with explained(self.shown):
-                listing = self._list(listing.handle, "", 0)
-            stack = [(listing, iter(listing.entries))]
             yield listing
             while stack:
                 parent, entries = stack[-1]
@@ -587,9 +580,9 @@ class Walk:
                 close_handle(listing.handle)
 
     def _enter(self, parent: Listing, name: str, max_depth: int) -> Listing:
-        prefix, depth, mark = f"{parent.prefix}{name}/", parent.depth + 1, ""
+        prefix, depth = f"{parent.prefix}{name}/", parent.depth + 1
         if depth < max_depth and name in self._junk:
-            self.skipped[f"{name}"] += 1
+            self.skipped[name] += 1
             mark = "skipped"
         elif depth >= max_depth:
             mark = "not listed"
@@ -597,12 +590,7 @@ class Walk:
                 self.skipped[f"directories below {MAX_DEPTH} levels: give a deeper path"] += 1
         else:
             try:
-                handle = open_directory_at(parent.handle, name)
-                try:
-                    return self._list(handle, prefix, depth)
-                except OSError:
-                    close_handle(handle)
-                    raise
+                return self._list(open_directory_at(parent.handle, name), prefix, depth)
             except OSError:
                 self.skipped["unreadable directories"] += 1
                 mark = "unreadable"
@@ -611,14 +599,8 @@ class Walk:
 
 def type_of(mode: int) -> str:
     """The file type in a `st_mode`, as one word."""
-    names = {
-        stat.S_IFREG: "file",
-        stat.S_IFDIR: "directory",
-        stat.S_IFLNK: "symlink",
-        stat.S_IFIFO: "fifo",
-        stat.S_IFSOCK: "socket",
-    }
-    return names.get(stat.S_IFMT(mode), "device")
+    letters = {"-": "file", "d": "directory", "l": "symlink", "p": "fifo", "s": "socket"}
+    return letters.get(stat.filemode(mode)[0], "device")
 
 
 def iso(seconds: float) -> str:
@@ -951,7 +933,10 @@ class Query:
 
 def matches_in(data: bytes, name: str, query: Query, predicate: Callable[[str], bool]) -> Iterator[str]:
     """Each match as `name:line:text`, with its context lines as `name-line-text`, every line once."""
-    lines = data.decode("utf-8", "backslashreplace").split("\n")
+    text = data.decode("utf-8", "backslashreplace")
+    if query.ignore_case and not query.regex and query.find(text) < 0:  # most files: looked at as a whole, not by line
+        return
+    lines = text.split("\n")
     if not lines[-1]:
         lines.pop()
     found = [number for number, line in enumerate(lines) if predicate(line.removesuffix("\r"))]
@@ -989,8 +974,7 @@ class TextSearch:
         if self._needle:
             return lambda line: query.pattern in line
         if not query.regex:
-            folded = query.pattern.casefold()
-            return lambda line: folded in line.casefold()
+            return lambda line: query.find(line) >= 0
         found = linear_regex(("(?i)" if query.ignore_case else "") + query.pattern)
 
         def matches(line: str) -> bool:
@@ -1159,21 +1143,17 @@ class Target:
         or ToolError if another program has changed the file since it was read."""
         temporary, fd = self.create_temporary()
         try:
-            try:
-                with open(fd, "wb", closefd=False) as file:
-                    file.write(data)
+            with open(fd, "wb") as file:
+                file.write(data)
+                file.flush()
                 if self.info is not None:
                     copy_attributes(self, fd)
                 os.fsync(fd)
                 self.refuse_changed()
                 self.work.refuse_late()
                 if isinstance(self.directory, str):  # Windows renames no open file; elsewhere its lock is still needed
-                    os.close(fd)
-                    fd = -1
+                    file.close()
                 replace_at(self.directory, temporary, self.name)
-            finally:
-                if fd >= 0:
-                    os.close(fd)
         except BaseException:
             with suppress(OSError):
                 remove_at(self.directory, temporary)
