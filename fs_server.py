@@ -723,12 +723,8 @@ class Text:
                 self.encoding = "utf-8"
             self.source.close()
             self.source, self.size = io.BytesIO(data), len(data)
-        elif self.is_utf8():
+        elif codecs.lookup(self.encoding).name == "utf-8":
             self.refuse_binary(self.read(0, 8192))
-
-    def is_utf8(self) -> bool:
-        """Whether the encoding is UTF-8, under any of its names."""
-        return codecs.lookup(self.encoding).name == "utf-8"
 
     def refuse_binary(self, data: bytes) -> None:
         """Text in UTF-8 has no NUL bytes; a UTF-16 file starts with a mark that names it."""
@@ -760,7 +756,7 @@ class Text:
 
     def decode(self, data: bytes, position: int, *, final: bool) -> str:
         """Bytes as text, never with replacement characters. Raises ToolError that names the byte and a way out."""
-        if self.is_utf8():
+        if codecs.lookup(self.encoding).name == "utf-8":
             self.refuse_binary(data)
         try:
             return codecs.getincrementaldecoder(self.encoding)("strict").decode(data, final)
@@ -1100,17 +1096,15 @@ LOCK_WAIT = 5.0  # seconds to wait for another writer of the same file
 
 
 def try_lock(fd: int) -> bool:
-    """Lock an open file until it is closed, if nobody else has; on Windows, where there is no flock, always true."""
+    """Lock an open file until it is closed. False only if somebody else has: where there are no locks, always true."""
     try:
         import fcntl
-    except ImportError:
-        return True
-    try:
+
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError:  # a file system without locks
-        return True
+    except (ImportError, OSError):  # Windows, or a file system without locks
+        pass
     return True
 
 
@@ -1183,10 +1177,9 @@ class Target:
 
     def refuse_changed(self) -> None:
         """Raises ToolError if the name no longer stands for the file that was read."""
-        try:
-            now: os.stat_result | None = stat_at(self.directory, self.name)
-        except FileNotFoundError:
-            now = None
+        now: os.stat_result | None = None
+        with suppress(FileNotFoundError):
+            now = stat_at(self.directory, self.name)
         if identity(now) != identity(self.info):
             raise ToolError(f"{self.shown} was changed by another program just now; read it again, then repeat this")
 
@@ -1212,15 +1205,10 @@ def copy_attributes(target: Target, fd: int) -> None:
         if now.st_gid != target.info.st_gid:
             mode &= 0o707
     if hasattr(os, "listxattr"):
-        old = open_at(target.directory, target.name)
-        try:
-            for attribute in os.listxattr(old):
+        with open(open_at(target.directory, target.name), "rb") as old, suppress(OSError):  # not every disk has them
+            for attribute in os.listxattr(old.fileno()):
                 with suppress(OSError):  # some belong to the system
-                    os.setxattr(fd, attribute, os.getxattr(old, attribute))
-        except OSError:  # a file system without them
-            pass
-        finally:
-            os.close(old)
+                    os.setxattr(fd, attribute, os.getxattr(old.fileno(), attribute))
     if os.chmod in os.supports_fd:  # not on Windows, where a file that may not be written cannot be replaced either
         os.chmod(fd, mode)
 
@@ -1364,8 +1352,8 @@ def nearest(text: str, old: str) -> str:
     start = max(0, where - anchor)
     there = lines[start : start + len(wanted)]
     differs = next((at for at, (a, b) in enumerate(zip(wanted, there, strict=False)) if a != b), len(there) - 1)
-    same = next((at for at, (a, b) in enumerate(zip(wanted[differs], there[differs], strict=False)) if a != b), 0)
-    first, left = max(0, differs - 1), max(0, same - 100)
+    same = next((at for at, (a, b) in enumerate(zip(wanted[differs], there[differs], strict=False)) if a != b), None)
+    first, left = max(0, differs - 1), max(0, (len(there[differs]) if same is None else same) - 100)
     shown, found = ([line[left : left + 200] for line in part[first : first + 10]] for part in (wanted, there))
     diff = "\n".join(line for line in difflib.ndiff(shown, found) if not line.startswith("?"))
     return f"the nearest text is at line {start + first + 1} (- is oldText, + is the file):\n{diff}"

@@ -15,9 +15,10 @@ import pytest
 from common import Options
 from conftest import ok, refused
 from mcp import Client
+from mcp.server.mcpserver.exceptions import ToolError
 from mcp_types import AudioContent, BlobResourceContents, EmbeddedResource, ImageContent
 
-from fs_server import build_server
+from fs_server import Files, Walk, Work, build_server
 
 pytestmark = pytest.mark.anyio
 
@@ -940,6 +941,13 @@ async def test_a_thousand_levels_are_listed_to_a_depth_that_is_said(abyss: Path)
         assert await ok(client, "read_file", path="deeper/" * 1000 + "bottom.txt") == "made it"
         near = "deeper/" * 950
         assert (await ok(client, "search_files", path=near, pattern="bottom.txt")).endswith("bottom.txt")
+
+
+def test_an_offset_that_a_walk_did_not_reach_in_its_time_is_not_called_past_the_end(root: Path) -> None:
+    walk = Walk(Files([root]), ".", Work(deadline=0))
+    with pytest.raises(ToolError, match="stopped after 25 s, before offset=4; give a narrower path"):
+        walk.page((listing.prefix for listing in walk.listings()), "lines", 1000, 4)
+    assert "stopped after 25 s" in walk.page((listing.prefix for listing in walk.listings()), "lines", 1000, 0)
 
 
 async def test_a_short_walk_reports_its_progress_once(root: Path) -> None:
