@@ -1522,7 +1522,9 @@ def main() -> None:
     parser.add_argument("directories", nargs="+", metavar="DIR", help="a directory that the model may read")
     parser.add_argument("--allow-secrets", action="store_true", help="also open .env files, private keys and the like")
     parser.add_argument("--write", action="store_true", help="also offer tools that write, edit and move files")
-    parser.add_argument("--deny", action="append", default=[], metavar="GLOB", help="never open files that match")
+    parser.add_argument(
+        "--deny", action="append", default=[], metavar="GLOB", help="never open what matches, or is below it"
+    )
     serve(
         parser,
         lambda args, options: build_server(
