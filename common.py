@@ -437,7 +437,7 @@ def describe_os_error(exc: OSError, shown: str) -> str:
         case errno.EISDIR:
             return f"{shown} is a directory; use list_directory or directory_tree"
         case errno.EEXIST:
-            return f"{shown} exists and is not overwritten; choose another destination"
+            return f"{shown} exists and is not overwritten; give a new path, below it if it is a directory"
         case errno.ENXIO | errno.ENODEV:
             return f"{shown} is not a regular file (a FIFO, socket or device) and is never opened; choose another"
         case errno.EACCES | errno.EPERM:
