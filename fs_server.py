@@ -226,6 +226,8 @@ def build_server(
                     found: Iterable[tuple[Listing, os.DirEntry[str]]] = walk.matching(pattern, listings)
                 else:
                     found = list(walk.matching(pattern, [next(listings)]))
+                    if not found and "/" in pattern:
+                        raise ToolError(f"nothing in {walk.shown} itself matches {pattern}; set recursive=true")
                 return walk.page(found, "entries", max_output, offset, render=partial(list_line, walk.shown))
 
         return await walk_in_thread(ctx, listed)

@@ -653,6 +653,8 @@ async def test_a_recursive_listing_takes_a_pattern(root: Path) -> None:
         text = await ok(client, "list_directory", path=".", recursive=True, pattern="*.json")
         assert [json.loads(line)["path"] for line in text.split("\n")] == ["./sub/deeper/data.json"]
         assert await ok(client, "list_directory", path=".", pattern="*.xyz") == "[no entries]"
+        assert "recursive=true" in await refused(client, "list_directory", path=".", pattern="sub/*.py")
+        assert '"./note.txt"' in await ok(client, "list_directory", path=".", pattern="**/*.txt")
 
 
 async def test_a_tree_is_indented_and_marks_what_it_does_not_enter(root: Path) -> None:
