@@ -500,7 +500,7 @@ async def test_other_encodings_are_read_when_they_are_named(root: Path, encoding
 
 @pytest.mark.parametrize("encoding", [*ENCODED, "cp037"])
 async def test_a_long_line_in_any_encoding_is_continued_without_a_gap(root: Path, encoding: str) -> None:
-    text = (ENCODED.get(encoding, "line\n").replace("\n", " ") * 100).strip()
+    text = ENCODED.get(encoding, "line\n").replace("\n", "") * 100  # no space: at one, stateful encodings start anew
     (root / "file").write_bytes(text.encode(encoding))
     async with client_for(root, options=Options(max_output=70)) as client:
         pages = await read_all(client, "read_file", path="file", encoding=encoding)
