@@ -363,6 +363,8 @@ def glob_matcher(*patterns: str) -> Callable[[str], bool]:
         # It would match nothing anyway: patterns are compared with paths that a walk found, they open nothing.
         if pattern.startswith(("/", "~/")) or ".." in pattern.split("/") or "\0" in pattern:
             raise ToolError(f"the pattern {pattern!r} leads out; patterns are relative to path, such as **/*.py")
+        if not pattern.removeprefix("./").strip("/"):  # such as --deny with a variable that is not set
+            raise ToolError(f"the glob {pattern!r} is empty and matches nothing; give one such as *.py")
     try:
         return linear_regex("|".join(glob_regex(pattern) for pattern in patterns) or r"[^\s\S]")
     except ToolError:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from common import Options
+from common import ConfigError, Options
 from conftest import ok, refused
 from mcp import Client
 from mcp.server.mcpserver.exceptions import ToolError
@@ -738,6 +738,14 @@ async def test_a_glob_that_is_not_valid_is_called_a_glob(root: Path, pattern: st
         assert message.startswith("the glob '")
         assert "brackets and braces" in message
         assert "glob" in await refused(client, "search_text", path=".", pattern="x", glob=pattern)
+
+
+@pytest.mark.parametrize("pattern", ["", "./"])
+async def test_an_empty_glob_is_an_error_also_at_the_start(root: Path, pattern: str) -> None:
+    async with client_for(root) as client:
+        assert "is empty" in await refused(client, "search_files", path=".", pattern=pattern)
+    with pytest.raises(ConfigError, match=r"--deny: the glob .* is empty"):
+        build_server([root], deny=[pattern])
 
 
 async def test_a_tilde_is_a_letter_like_any_other(root: Path) -> None:
