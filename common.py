@@ -294,6 +294,8 @@ _PASS = getattr(os, "O_PATH", os.O_RDONLY) | getattr(os, "O_DIRECTORY", 0) | _NO
 # Without O_NONBLOCK, opening a FIFO waits for a writer, for ever; without O_NOCTTY a terminal can become ours.
 _FILE = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0) | getattr(os, "O_BINARY", 0) | _NOFOLLOW
 
+MAX_PATH = 16_384  # characters of a path as it is shown, as every message and every found path repeats it
+
 Handle = int | str
 """An open directory: a descriptor, or (Windows) its path, which is checked again after every open."""
 
@@ -332,35 +334,39 @@ def open_directory_at(parent: Handle, name: str, flags: int = _DIRECTORY) -> Han
     return path
 
 
+def _at(parent: Handle, name: str) -> tuple[str, int | None]:
+    """A name in a directory as the path and the `dir_fd` that the functions of `os` take."""
+    return (name, parent) if isinstance(parent, int) else (os.path.join(parent, name), None)
+
+
 def stat_at(parent: Handle, name: str) -> os.stat_result:
     """`lstat` of `name` in the directory `parent`. Raises OSError."""
-    if isinstance(parent, int):
-        return os.stat(name, dir_fd=parent, follow_symlinks=False)
-    return os.lstat(os.path.join(parent, name))
+    path, dir_fd = _at(parent, name)
+    return os.stat(path, dir_fd=dir_fd, follow_symlinks=False)
+
+
+def writable_at(parent: Handle, name: str) -> bool:
+    """Whether the system would let this process write the file in place."""
+    path, dir_fd = _at(parent, name)
+    return os.access(path, os.W_OK, dir_fd=dir_fd, effective_ids=os.access in os.supports_effective_ids)
 
 
 def make_directory_at(parent: Handle, name: str) -> None:
     """Make the subdirectory `name`. Raises OSError."""
-    if isinstance(parent, int):
-        os.mkdir(name, dir_fd=parent)
-    else:
-        os.mkdir(os.path.join(parent, name))
+    path, dir_fd = _at(parent, name)
+    os.mkdir(path, dir_fd=dir_fd)
 
 
 def remove_at(parent: Handle, name: str) -> None:
     """Remove the file `name`. Raises OSError."""
-    if isinstance(parent, int):
-        os.unlink(name, dir_fd=parent)
-    else:
-        os.unlink(os.path.join(parent, name))
+    path, dir_fd = _at(parent, name)
+    os.unlink(path, dir_fd=dir_fd)
 
 
 def replace_at(parent: Handle, old: str, new: str) -> None:
     """Rename `old` to `new` in one directory, in place of what is there. Raises OSError."""
-    if isinstance(parent, int):
-        os.replace(old, new, src_dir_fd=parent, dst_dir_fd=parent)
-    else:
-        os.replace(os.path.join(parent, old), os.path.join(parent, new))
+    (source, dir_fd), (target, _) = _at(parent, old), _at(parent, new)
+    os.replace(source, target, src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
 
 
 def rename_new_at(parent: Handle, name: str, to: Handle, new: str) -> None:
@@ -384,10 +390,8 @@ def rename_new_at(parent: Handle, name: str, to: Handle, new: str) -> None:
         pass
     else:
         raise FileExistsError(errno.EEXIST, "exists")
-    if isinstance(parent, int) and isinstance(to, int):
-        os.rename(name, new, src_dir_fd=parent, dst_dir_fd=to)
-    else:
-        os.rename(os.path.join(str(parent), name), os.path.join(str(to), new))
+    (source, from_fd), (target, to_fd) = _at(parent, name), _at(to, new)
+    os.rename(source, target, src_dir_fd=from_fd, dst_dir_fd=to_fd)
 
 
 def close_handle(handle: Handle) -> None:
@@ -433,11 +437,13 @@ def describe_os_error(exc: OSError, shown: str) -> str:
         case errno.EISDIR:
             return f"{shown} is a directory; use list_directory or directory_tree"
         case errno.EEXIST:
-            return f"{shown} exists and is not overwritten; choose another destination"
+            return f"{shown} exists and is not overwritten; give a new path, below it if it is a directory"
         case errno.ENXIO | errno.ENODEV:
             return f"{shown} is not a regular file (a FIFO, socket or device) and is never opened; choose another"
         case errno.EACCES | errno.EPERM:
-            return f"permission denied: {shown}; the server's user may not read it, choose another path"
+            return f"permission denied: {shown}; the server's user has no right to this, choose another path"
+        case errno.EXDEV:
+            return f"{shown} is on another disk, and files are moved on one disk only; write the file there instead"
         case errno.ELOOP:
             return f"{shown} is a symlink loop, or was replaced by a symlink just now; check it and try again"
         case errno.ENAMETOOLONG:
@@ -518,6 +524,8 @@ class Sandbox:
         """
         if not untrusted or "\0" in untrusted:
             raise ToolError('the path is empty or contains a NUL byte; give a path such as "." or "notes/todo.txt"')
+        if len(printable(untrusted)) > MAX_PATH:
+            raise ToolError(f"the path is longer than {MAX_PATH} characters; give a shorter one")
         inside: list[Located] = []
         for candidate in dict.fromkeys([untrusted, unprintable(untrusted)]):
             for root in self.roots:
@@ -558,30 +566,30 @@ class Sandbox:
         with explained(located.shown):
             return _walk(located.root.handle, located.parts, _DIRECTORY)
 
-    def open_parent(self, located: Located, *, for_writing: bool = False) -> tuple[Handle, str]:
-        """Open the directory that a path is in; the caller closes it. The name is "." for an allowed directory itself.
-        Raises ToolError."""
-        with explained(located.shown):
-            name = located.parts[-1] if located.parts else os.curdir
-            return _walk(located.root.handle, located.parts[:-1], _DIRECTORY if for_writing else _PASS), name
+    @contextmanager
+    def parent(self, located: Located, *, for_writing: bool = False) -> Generator[tuple[Handle, str]]:
+        """The directory that a path is in, open until the end of the block, and the path's name in it ("." for an
+        allowed directory itself). An OSError in the block becomes a ToolError."""
+        try:
+            handle = _walk(located.root.handle, located.parts[:-1], _DIRECTORY if for_writing else _PASS)
+        except OSError as exc:
+            hint = "; create_directory makes directories" if for_writing else ""
+            raise ToolError(describe_os_error(exc, located.shown) + hint) from None
+        try:
+            with explained(located.shown):
+                yield handle, located.parts[-1] if located.parts else os.curdir
+        finally:
+            close_handle(handle)
 
     def open_file(self, located: Located) -> tuple[int, os.stat_result]:
         """Open a regular file for reading; the caller closes the descriptor. Raises ToolError."""
-        parent, name = self.open_parent(located)
-        try:
-            with explained(located.shown):
-                return open_file_at(parent, name)
-        finally:
-            close_handle(parent)
+        with self.parent(located) as (parent, name):
+            return open_file_at(parent, name)
 
     def stat(self, located: Located) -> os.stat_result:
         """`lstat` of the path. Raises ToolError."""
-        parent, name = self.open_parent(located)
-        try:
-            with explained(located.shown):
-                return stat_at(parent, name)
-        finally:
-            close_handle(parent)
+        with self.parent(located) as (parent, name):
+            return stat_at(parent, name)
 
 
 # ---------------------------------------------------------------------------------------------------- the server

@@ -42,6 +42,7 @@ from urllib.parse import quote
 
 import anyio
 from common import (
+    MAX_PATH,
     READ_ONLY,
     ConfigError,
     Handle,
@@ -66,6 +67,7 @@ from common import (
     serve,
     stat_at,
     trailer,
+    writable_at,
 )
 from mcp.server.mcpserver import Context
 from mcp.server.mcpserver.exceptions import ToolError
@@ -218,19 +220,15 @@ def build_server(
         pattern names them."""
 
         def listed(work: Work) -> str:
-            matches = glob_matcher(pattern)
-            walk = Walk(files, files.sandbox.resolve(path), work, asked=pattern)
+            walk = Walk(files, path, work, asked=pattern)
             with closing(walk.listings(MAX_DEPTH if recursive else 1)) as listings:
-                found: Iterable[tuple[Listing, os.DirEntry[str]]] = (
-                    (listing, entry)
-                    for listing in (listings if recursive else [next(listings)])
-                    for entry in listing.entries
-                    if matches(printable(listing.prefix + entry.name))
-                )
-                if not recursive:
-                    found = list(found)
-                render = partial(list_line, walk.shown)
-                return page(found, "entries", max_output=max_output, offset=offset, render=render, notes=walk.notes)
+                if recursive:
+                    found: Iterable[tuple[Listing, os.DirEntry[str]]] = walk.matching(pattern, listings)
+                else:
+                    found = list(walk.matching(pattern, [next(listings)]))
+                    if not found and "/" in pattern:
+                        raise ToolError(f"nothing in {walk.shown} itself matches {pattern}; set recursive=true")
+                return walk.page(found, "entries", max_output, offset, render=partial(list_line, walk.shown))
 
         return await walk_in_thread(ctx, listed)
 
@@ -246,9 +244,9 @@ def build_server(
         subdirectories. Directories that were not entered are marked. For sizes and times use list_directory."""
 
         def drawn(work: Work) -> str:
-            walk = Walk(files, files.sandbox.resolve(path), work, exclude_patterns)
+            walk = Walk(files, path, work, exclude_patterns)
             with closing(tree_lines(walk, max_depth)) as lines:
-                return page(lines, "lines", max_output=max_output, offset=offset, notes=walk.notes)
+                return walk.page(lines, "lines", max_output, offset)
 
         return await walk_in_thread(ctx, drawn)
 
@@ -266,16 +264,11 @@ def build_server(
         and {a,b}; case matters. To search in the text of files use search_text."""
 
         def found(work: Work) -> str:
-            matches = glob_matcher(pattern)
-            walk = Walk(files, files.sandbox.resolve(path), work, exclude_patterns, asked=pattern)
+            walk = Walk(files, path, work, exclude_patterns, asked=pattern)
             with closing(walk.listings()) as listings:
-                paths = (
-                    joined(walk.shown, listing.prefix + entry.name)
-                    for listing in listings
-                    for entry in listing.entries
-                    if matches(printable(listing.prefix + entry.name))
-                )
-                return page(paths, "matches", max_output=max_output, offset=offset, notes=walk.notes)
+                entries = walk.matching(pattern, listings)
+                paths = (joined(walk.shown, listing.prefix + entry.name) for listing, entry in entries)
+                return walk.page(paths, "matches", max_output, offset)
 
         return await walk_in_thread(ctx, found)
 
@@ -297,9 +290,7 @@ def build_server(
         def searched(work: Work) -> str:
             search = TextSearch(files, path, Query(pattern, regex, ignore_case, context), glob, work)
             with closing(search.matches()) as matches:
-                return page(
-                    matches, "matches", max_output=max_output, offset=offset, limit=max_matches, notes=search.notes
-                )
+                return search.walk.page(matches, "matches", max_output, offset, limit=max_matches)
 
         return await walk_in_thread(ctx, searched, REGEX_WALKERS if regex else WALKERS)
 
@@ -337,9 +328,7 @@ def linear_regex(pattern: str) -> Callable[[str], bool]:
         ) from None
 
 
-def escape(text: str) -> str:
-    """Text as a regular expression that matches just it."""
-    return "".join(c if c.isalnum() or c in "_/ " else f"\\x{{{ord(c):x}}}" for c in text)
+GLOB_PARTS = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
 
 
 def glob_regex(pattern: str) -> str:
@@ -350,14 +339,8 @@ def glob_regex(pattern: str) -> str:
     text = pattern.removeprefix("./").strip("/")
     out, depth = ["(?s)^(?:.*/)?" if "/" not in text else "(?s)^"], 0
     for part in re.findall(r"\*\*/|\*\*|\[!?\]?[^\]/]*\]|.", text, re.DOTALL):
-        if part == "**/":
-            out.append("(?:.*/)?")
-        elif part == "**":
-            out.append(".*")
-        elif part == "*":
-            out.append("[^/]*")
-        elif part == "?":
-            out.append("[^/]")
+        if part in GLOB_PARTS:
+            out.append(GLOB_PARTS[part])
         elif part == "{" and "}" in text:
             depth += 1
             out.append("(?:")
@@ -367,11 +350,10 @@ def glob_regex(pattern: str) -> str:
         elif part == "," and depth:
             out.append("|")
         elif len(part) > 1:
-            negated, body = part[1] == "!", part[1:-1].removeprefix("!")
-            body = "".join(c if c.isalnum() or c == "-" else f"\\x{{{ord(c):x}}}" for c in body)
-            out.append(f"[^/{body}]" if negated else f"[{body}]")
+            body = "".join(c if c == "-" else re.escape(c) for c in part[1:-1].removeprefix("!"))
+            out.append(f"[^/{body}]" if part[1] == "!" else f"[{body}]")
         else:
-            out.append(escape(part))
+            out.append(re.escape(part))
     return "".join(out) + "$"
 
 
@@ -379,9 +361,15 @@ def glob_matcher(*patterns: str) -> Callable[[str], bool]:
     """A predicate over relative paths, true if any of the globs matches. Raises ToolError for one that climbs out."""
     for pattern in patterns:
         # It would match nothing anyway: patterns are compared with paths that a walk found, they open nothing.
-        if pattern.startswith(("/", "~")) or ".." in pattern.split("/") or "\0" in pattern:
+        if pattern.startswith(("/", "~/")) or ".." in pattern.split("/") or "\0" in pattern:
             raise ToolError(f"the pattern {pattern!r} leads out; patterns are relative to path, such as **/*.py")
-    return linear_regex("|".join(glob_regex(pattern) for pattern in patterns) or r"[^\s\S]")
+        if not pattern.removeprefix("./").strip("/"):  # such as --deny with a variable that is not set
+            raise ToolError(f"the glob {pattern!r} is empty and matches nothing; give one such as *.py")
+    try:
+        return linear_regex("|".join(glob_regex(pattern) for pattern in patterns) or r"[^\s\S]")
+    except ToolError:
+        wrong = " or ".join(repr(pattern[:100]) for pattern in patterns[:10])
+        raise ToolError(f"the glob {wrong} is not valid: check its brackets and braces, or make it shorter") from None
 
 
 # --------------------------------------------------------------------------------------------- work in a thread
@@ -400,6 +388,11 @@ class Work:
     def over(self) -> bool:
         """Whether the thread must stop: its time is up, or nobody waits for it any more."""
         return self.cancelled or time.monotonic() > self.deadline
+
+    def refuse_late(self) -> None:
+        """Raises ToolError when nobody waits any more: who was told that a call failed must not find its work done."""
+        if self.over():
+            raise ToolError(f"{WALK_LIMIT:g} s were not enough, nothing was changed; make a smaller change")
 
 
 QUICK = 0.001  # seconds: nearly all disks answer sooner than the event loop could do something else in the meantime
@@ -463,15 +456,20 @@ class Files:
 
     def __init__(self, directories: Sequence[str | Path], deny: Sequence[str] = (), allow_secrets: bool = False):
         self.sandbox = Sandbox(directories)
-        self._denied = glob_matcher(*deny)
+        self.deny = deny
+        # What is below a denied directory is denied as well, and in any case: on some disks Private is private.
+        names = [glob.rstrip("/") for glob in deny]
+        below = (f"{name}/**" if "/" in name else f"**/{name}/**" for name in names)
+        self._denied = glob_matcher(*map(str.casefold, (*deny, *below)))
         self._secret = re.compile("$^" if allow_secrets else "|".join(map(fnmatch.translate, SECRET_FILES)))
         self._not_secret = re.compile("|".join(map(fnmatch.translate, NOT_SECRET)))
         self._secret_directories = frozenset[str]() if allow_secrets else SECRET_DIRECTORIES
 
     def is_secret(self, path: str) -> bool:
         """Whether the file at this path (from its root, symlinks resolved) must not be opened."""
-        # Lower case, because on a case-insensitive disk .ENV is .env.
-        parts = path.lower().split("/")
+        # Case folded, because on a case-insensitive disk .ENV is .env.
+        path = path.casefold()
+        parts = path.split("/")
         name = parts[-1]
         if self._denied(printable(path)) or not self._secret_directories.isdisjoint(parts):
             return True
@@ -485,9 +483,8 @@ class Files:
                 " ask the user to start the server with --allow-secrets or without this --deny"
             )
 
-    def open(self, path: str) -> tuple[int, os.stat_result]:
+    def open(self, located: Located) -> tuple[int, os.stat_result]:
         """Open one file for reading. Raises ToolError."""
-        located = self.sandbox.resolve(path)
         self.refuse_secret(located)
         return self.sandbox.open_file(located)
 
@@ -496,7 +493,7 @@ class Files:
         end: what is left there goes with the next write to its directory."""
         for root in self.sandbox.roots:
             with suppress(ToolError):
-                for listing in Walk(self, Located(root, (), "."), Work(time.monotonic() + 1)).listings():
+                for listing in Walk(self, root.path, Work(time.monotonic() + 1)).listings():
                     remove_leftovers(listing.handle)
 
 
@@ -516,11 +513,11 @@ class Walk:
     """The directories below one, in a stable order, each reached from its parent's descriptor; symlinks are not
     followed. `skipped` counts what was left out, and why."""
 
-    def __init__(self, files: Files, start: Located, work: Work, exclude: Sequence[str] | None = None, asked: str = ""):
+    def __init__(self, files: Files, path: str, work: Work, exclude: Sequence[str] | None = None, asked: str = ""):
         self.skipped: Counter[str] = Counter()
-        self.shown = start.shown
+        self.start = files.sandbox.resolve(path)
+        self.shown = self.start.shown
         self._files = files
-        self._start = start
         self._work = work
         self._excluded = glob_matcher(*exclude) if exclude else None
         # Junk is walked when it is asked for: exclude_patterns=[], or its name in the pattern.
@@ -531,9 +528,31 @@ class Walk:
         late = [f"stopped after {WALK_LIMIT:g} s: give a narrower path or glob"] if self._work.over() else []
         return late + [f"skipped {count} {what}" for what, count in sorted(self.skipped.items())]
 
+    def page(self, items: Iterable[T], noun: str, max_output: int, offset: int, **how: Any) -> str:
+        """The items from `offset` on that the walk has found, as a result. Raises ToolError."""
+        try:
+            return page(items, noun, max_output=max_output, offset=offset, notes=self.notes, **how)
+        except ToolError:
+            if offset and self._work.over():  # the items may be there, further than the walk came
+                late = f"stopped after {WALK_LIMIT:g} s, before offset={offset}; give a narrower path or glob"
+                raise ToolError(late) from None
+            raise
+
+    def matching(self, pattern: str, listings: Iterable[Listing]) -> Iterator[tuple[Listing, os.DirEntry[str]]]:
+        """The entries whose path below the start matches a glob. Raises ToolError for a glob that is not valid."""
+        matches = glob_matcher(pattern)
+        for listing in listings:
+            for entry in listing.entries:
+                if matches(printable(listing.prefix + entry.name)):
+                    yield listing, entry
+
     def _list(self, handle: Handle, prefix: str, depth: int) -> Listing:
-        with os.scandir(handle) as found:
-            entries = sorted(found, key=lambda entry: entry.name)
+        try:
+            with os.scandir(handle) as found:
+                entries = sorted(found, key=lambda entry: entry.name)
+        except OSError:
+            close_handle(handle)
+            raise
         if self._excluded:
             entries = [entry for entry in entries if not self._excluded(printable(prefix + entry.name))]
         self._work.visited += len(entries)
@@ -542,12 +561,10 @@ class Walk:
     def listings(self, max_depth: int = MAX_DEPTH) -> Generator[Listing]:
         """Each directory before its subdirectories; those that are not entered come with a mark. Raises ToolError
         if the start cannot be listed."""
-        listing = Listing("", 0, self._files.sandbox.open_directory(self._start), [])
-        stack: list[tuple[Listing, Iterator[os.DirEntry[str]]]] = [(listing, iter(()))]
+        with explained(self.shown):
+            listing = self._list(self._files.sandbox.open_directory(self.start), "", 0)
+        stack = [(listing, iter(listing.entries))]
         try:
-            with explained(self._start.shown):
-                listing = self._list(listing.handle, "", 0)
-            stack = [(listing, iter(listing.entries))]
             yield listing
             while stack:
                 parent, entries = stack[-1]
@@ -567,9 +584,9 @@ class Walk:
                 close_handle(listing.handle)
 
     def _enter(self, parent: Listing, name: str, max_depth: int) -> Listing:
-        prefix, depth, mark = f"{parent.prefix}{name}/", parent.depth + 1, ""
+        prefix, depth = f"{parent.prefix}{name}/", parent.depth + 1
         if depth < max_depth and name in self._junk:
-            self.skipped[f"{name}"] += 1
+            self.skipped[name] += 1
             mark = "skipped"
         elif depth >= max_depth:
             mark = "not listed"
@@ -577,12 +594,7 @@ class Walk:
                 self.skipped[f"directories below {MAX_DEPTH} levels: give a deeper path"] += 1
         else:
             try:
-                handle = open_directory_at(parent.handle, name)
-                try:
-                    return self._list(handle, prefix, depth)
-                except OSError:
-                    close_handle(handle)
-                    raise
+                return self._list(open_directory_at(parent.handle, name), prefix, depth)
             except OSError:
                 self.skipped["unreadable directories"] += 1
                 mark = "unreadable"
@@ -591,14 +603,8 @@ class Walk:
 
 def type_of(mode: int) -> str:
     """The file type in a `st_mode`, as one word."""
-    names = {
-        stat.S_IFREG: "file",
-        stat.S_IFDIR: "directory",
-        stat.S_IFLNK: "symlink",
-        stat.S_IFIFO: "fifo",
-        stat.S_IFSOCK: "socket",
-    }
-    return names.get(stat.S_IFMT(mode), "device")
+    letters = {"-": "file", "d": "directory", "l": "symlink", "p": "fifo", "s": "socket"}
+    return letters.get(stat.filemode(mode)[0], "device")
 
 
 def iso(seconds: float) -> str:
@@ -646,6 +652,15 @@ def tree_lines(walk: Walk, max_depth: int) -> Generator[str]:
 
 # Not encodings of text, or with decoders that need quadratic time.
 NOT_TEXT = frozenset({"idna", "punycode", "unicode_escape", "raw_unicode_escape", "undefined"})
+STATEFUL = ("iso2022", "hz", "utf-7")  # encodings in which a byte's meaning depends on those before it
+
+
+def newline_in(encoding: str) -> bytes:
+    """The bytes of a newline. Raises ToolError for what is not an encoding of text."""
+    with suppress(LookupError, ValueError):
+        if codecs.lookup(encoding).name not in NOT_TEXT:
+            return "\n".encode(encoding)
+    raise ToolError(f"unknown text encoding: {encoding[:40]}; use utf-8, utf-16, latin-1, cp1252 or another")
 
 
 @dataclass(frozen=True)
@@ -656,10 +671,6 @@ class Slice:
     tail: int = 0
     offset: int = 0
     column: int = 0
-
-    def whole(self) -> bool:
-        """Whether no part was asked for."""
-        return not (self.head or self.tail or self.offset or self.column)
 
 
 def end_of_lines(data: bytes, lines: int) -> int:
@@ -698,23 +709,17 @@ class Text:
 
     def prepare(self, wanted: Slice) -> None:
         """Check the encoding and the size before anything is returned. Raises ToolError."""
-        try:
-            newline = "\n".encode(self.encoding)
-            if codecs.lookup(self.encoding).name in NOT_TEXT:
-                raise LookupError
-        except (LookupError, ValueError):
-            raise ToolError(
-                f"unknown text encoding: {self.encoding[:40]}; use utf-8, utf-16, latin-1, cp1252 or another"
-            ) from None
-        # Lines can be found in the bytes only where a newline is a byte of its own; UTF-16 is converted as a whole.
-        convert = newline != b"\n"
-        if self.size > self.max_size and (wanted.whole() or convert):
+        # Lines can be found in the bytes only where a newline is a byte of its own, and a text can be entered in the
+        # middle only where bytes mean the same everywhere; others, such as UTF-16, are converted as a whole.
+        convert = newline_in(self.encoding) != b"\n" or codecs.lookup(self.encoding).name.startswith(STATEFUL)
+        if self.size > self.max_size and (wanted == Slice() or convert):
             raise ToolError(
                 f"{self.shown} has {self.size} bytes, more than max_size={self.max_size};"
                 + (" raise max_size" if convert else " read a part with head, tail or offset, or raise max_size")
             )
         if self.size == 0 or convert:  # size 0: files in /proc have content all the same
-            data = self.source.read(self.max_size + 1) or b""
+            with open(self.source.fileno(), "rb", closefd=False) as file:  # buffered: /proc gives a page at a time
+                data = file.read(self.max_size + 1) or b""
             if len(data) > self.max_size:
                 raise ToolError(f"{self.shown} has more than max_size={self.max_size} bytes; raise max_size")
             if convert:
@@ -722,12 +727,8 @@ class Text:
                 self.encoding = "utf-8"
             self.source.close()
             self.source, self.size = io.BytesIO(data), len(data)
-        elif self.is_utf8():
+        elif codecs.lookup(self.encoding).name == "utf-8":
             self.refuse_binary(self.read(0, 8192))
-
-    def is_utf8(self) -> bool:
-        """Whether the encoding is UTF-8, under any of its names."""
-        return codecs.lookup(self.encoding).name == "utf-8"
 
     def refuse_binary(self, data: bytes) -> None:
         """Text in UTF-8 has no NUL bytes; a UTF-16 file starts with a mark that names it."""
@@ -749,11 +750,17 @@ class Text:
             raise ToolError(f"{self.shown} is too large to scan in {WALK_LIMIT:g} s; use tail, or a smaller offset")
         self.source.seek(position)
         # The space for `count` bytes would be set aside first: for a small file, 10 MB take longer than reading it.
-        return self.source.read(max(0, min(count, self.size - position))) or b""
+        count = max(0, min(count, self.size - position))
+        data = self.source.read(count) or b""
+        while 0 < len(data) < count and (more := self.source.read(count - len(data))):
+            data += more
+        if len(data) < count:  # files in /sys are shorter than they claim
+            self.size = position + len(data)
+        return data
 
     def decode(self, data: bytes, position: int, *, final: bool) -> str:
         """Bytes as text, never with replacement characters. Raises ToolError that names the byte and a way out."""
-        if self.is_utf8():
+        if codecs.lookup(self.encoding).name == "utf-8":
             self.refuse_binary(data)
         try:
             return codecs.getincrementaldecoder(self.encoding)("strict").decode(data, final)
@@ -863,14 +870,12 @@ def read_part(
     files: Files, path: str, encoding: str, max_size: int, wanted: Slice, max_output: int, work: Work
 ) -> Part:
     """What `read_file` answers. Raises ToolError."""
-    fd, info = files.open(path)
-    text = Text(fd, info.st_size, printable(path), encoding, max_size, work)
-    try:
-        with explained(text.shown):
-            text.prepare(wanted)
-            return text.part(wanted, max_output)
-    finally:
-        text.close()
+    located = files.sandbox.resolve(path)
+    fd, info = files.open(located)
+    text = Text(fd, info.st_size, located.shown, encoding, max_size, work)
+    with closing(text), explained(text.shown):
+        text.prepare(wanted)
+        return text.part(wanted, max_output)
 
 
 def read_parts(files: Files, paths: Sequence[str], max_output: int, work: Work) -> str:
@@ -879,17 +884,21 @@ def read_parts(files: Files, paths: Sequence[str], max_output: int, work: Work) 
     used = 0
     for number, path in enumerate(paths):
         if parts and max_output and used >= max_output:
-            parts.append(trailer(f"files 1-{number} of {len(paths)} shown", paths=list(paths[number:])))
+            fact = f"files 1-{number} of {len(paths)} shown"
+            rest = trailer(fact, paths=list(paths[number:]))
+            if len(rest) > max_output:  # paths can be so long that their list would be the larger part of the result
+                rest = trailer(f"{fact}; continue with the last {len(paths) - number} of these paths")
+            parts.append(rest)
             break
-        rest = max(1, max_output - used) if max_output else 0
+        left = max(1, max_output - used) if max_output else 0
         try:
-            part = read_part(files, path, "utf-8", MAX_FILE, Slice(), rest, work)
+            part = read_part(files, path, "utf-8", MAX_FILE, Slice(), left, work)
             if part.fact:
                 part = Part(part.text, f"{part.fact}, read_file has the rest", {"path": path} | part.resume)
             text = str(part)
         except ToolError as exc:
             text = f"[error: {exc}]"
-        parts.append(f"==> {printable(path)} <==\n{text.removesuffix(chr(10))}")
+        parts.append(f"==> {printable(path)[:MAX_PATH]} <==\n{text.removesuffix(chr(10))}")
         used += len(parts[-1]) + 1
     return "\n".join(parts)
 
@@ -906,15 +915,17 @@ class Query:
     ignore_case: bool
     context: int
 
-    def needle(self) -> bytes:
-        """Bytes without which a file cannot match, so that most files are put aside without being decoded."""
-        return b"" if self.regex or self.ignore_case else self.pattern.encode("utf-8", "surrogatepass")
+    def find(self, line: str) -> int:
+        """Where the text that is looked for stands in a line; -1 if it does not, or if that is not known."""
+        if self.regex:
+            return -1
+        return line.casefold().find(self.pattern.casefold()) if self.ignore_case else line.find(self.pattern)
 
     def clip(self, line: str) -> str:
         """A line as it is shown: a long one is cut around the match, and says so."""
         if len(line) <= MAX_LINE:
             return line
-        start = max(0, line.find(self.pattern) - MAX_LINE // 4)
+        start = max(0, self.find(line) - MAX_LINE // 4)
         end = start + MAX_LINE
         before = f"[{start} characters]…" if start else ""
         return before + line[start:end] + (f"…[{len(line) - end} characters]" if end < len(line) else "")
@@ -922,7 +933,10 @@ class Query:
 
 def matches_in(data: bytes, name: str, query: Query, predicate: Callable[[str], bool]) -> Iterator[str]:
     """Each match as `name:line:text`, with its context lines as `name-line-text`, every line once."""
-    lines = data.decode("utf-8", "backslashreplace").split("\n")
+    text = data.decode("utf-8", "backslashreplace")
+    if query.ignore_case and not query.regex and query.find(text) < 0:  # most files: looked at as a whole, not by line
+        return
+    lines = text.split("\n")
     if not lines[-1]:
         lines.pop()
     found = [number for number, line in enumerate(lines) if predicate(line.removesuffix("\r"))]
@@ -942,15 +956,15 @@ class TextSearch:
     """Searches the files below a path for a text; `skipped` counts those it could not search, and why."""
 
     def __init__(self, files: Files, path: str, query: Query, glob: str, work: Work) -> None:
+        self.walk = Walk(files, path, work, asked=glob)
+        self._skipped = self.walk.skipped
         self._files = files
         self._work = work
-        self._located = files.sandbox.resolve(path)
         self._query = query
-        self._needle = query.needle()
+        # Bytes without which a file cannot match, so that most files are put aside without being decoded.
+        plain = not (query.regex or query.ignore_case)
+        self._needle = query.pattern.encode("utf-8", "surrogatepass") if plain else b""
         self._wanted = glob_matcher(glob) if glob else None
-        self._walk = Walk(files, self._located, work, asked=glob)
-        self.skipped = self._walk.skipped
-        self.notes = self._walk.notes
         self._predicate = self._line_predicate()
 
     def _line_predicate(self) -> Callable[[str], bool]:
@@ -959,23 +973,24 @@ class TextSearch:
             raise ToolError("the pattern has a line break, but lines are searched one by one; search for one line")
         if self._needle:
             return lambda line: query.pattern in line
-        pattern = query.pattern if query.regex else escape(query.pattern)
-        found = linear_regex(("(?i)" if query.ignore_case else "") + pattern)
+        if not query.regex:
+            return lambda line: query.find(line) >= 0
+        found = linear_regex(("(?i)" if query.ignore_case else "") + query.pattern)
 
         def matches(line: str) -> bool:
             if len(line) > MAX_REGEX_LINE:
-                self.skipped[f"line ends after {MAX_REGEX_LINE} characters (plain text is searched to the end)"] += 1
+                self._skipped[f"line ends after {MAX_REGEX_LINE} characters (plain text is searched to the end)"] += 1
             return not self._work.over() and found(line[:MAX_REGEX_LINE])
 
         return matches
 
     def matches(self) -> Generator[str]:
         """All matches, file by file. Raises ToolError."""
-        shown, start = self._located.shown, self._located.path
-        if self._located.parts and not stat.S_ISDIR(self._files.sandbox.stat(self._located).st_mode):
-            yield from self._in_file(*self._files.open(shown), shown)
+        start = self.walk.start
+        if start.parts and not stat.S_ISDIR(self._files.sandbox.stat(start).st_mode):
+            yield from self._in_file(*self._files.open(start), start.shown)
             return
-        for listing in self._walk.listings():
+        for listing in self.walk.listings():
             for entry in listing.entries:
                 if self._work.over():
                     return
@@ -984,32 +999,33 @@ class TextSearch:
                 relative = listing.prefix + entry.name
                 if self._wanted and not self._wanted(printable(relative)):
                     continue
-                if self._files.is_secret(f"{start}/{relative}" if start else relative):
-                    self.skipped["secret files"] += 1
+                if self._files.is_secret(f"{start.path}/{relative}" if start.parts else relative):
+                    self._skipped["secret files"] += 1
                     continue
                 try:
                     fd, info = open_file_at(listing.handle, entry.name)
                 except OSError:
-                    self.skipped["unreadable files"] += 1
+                    self._skipped["unreadable files"] += 1
                     continue
-                yield from self._in_file(fd, info, joined(shown, relative))
+                yield from self._in_file(fd, info, joined(start.shown, relative))
 
     def _in_file(self, fd: int, info: os.stat_result, name: str) -> Iterator[str]:
         self._work.visited += 1
         try:
             if info.st_size > MAX_FILE:
-                self.skipped[f"files larger than {MAX_FILE} bytes"] += 1
+                self._skipped[f"files larger than {MAX_FILE} bytes"] += 1
                 return
             data = os.read(fd, info.st_size or 4096)
-            if data and not info.st_size:  # files in /proc have content all the same
-                data += os.read(fd, MAX_FILE)
+            if data and not info.st_size:  # files in /proc have content all the same, and give a page at a time
+                with open(fd, "rb", closefd=False) as rest:
+                    data += rest.read(MAX_FILE) or b""
         except OSError:
-            self.skipped["unreadable files"] += 1
+            self._skipped["unreadable files"] += 1
             return
         finally:
             os.close(fd)
         if b"\0" in data[:8192]:
-            self.skipped["binary files"] += 1
+            self._skipped["binary files"] += 1
         elif self._needle in data:
             yield from matches_in(data, name, self._query, self._predicate)
 
@@ -1037,22 +1053,33 @@ def file_info(files: Files, path: str) -> FileInfo:
         accessed=iso(info.st_atime),
         created=None if born is None else iso(born),
         permissions=stat.filemode(info.st_mode),
-        mime_type=mimetypes.guess_type(itself.shown)[0],
+        mime_type=mime_type(itself.shown) if stat.S_ISREG(info.st_mode) else None,
         link_target=target,
     )
 
 
+def mime_type(name: str) -> str | None:
+    """The MIME type by the name of a file."""
+    # The slash: without it, a name may be taken for a URL that tells its own type.
+    mime, compression = mimetypes.guess_type(f"/{name}")
+    if compression is None:
+        return mime
+    return "application/gzip" if compression == "gzip" else None
+
+
 def read_media(files: Files, path: str) -> CallToolResult:
     """What `read_media_file` answers. Raises ToolError."""
-    fd, info = files.open(path)
-    shown = printable(path)
+    located = files.sandbox.resolve(path)
+    shown = located.shown
+    fd, info = files.open(located)
     with open(fd, "rb") as file, explained(shown):
-        data = file.read(MAX_FILE + 1)
+        data = file.read(MAX_FILE + 1) or b""
+    if not data:
+        raise ToolError(f"{shown} is empty; there is nothing to show")
     if len(data) > MAX_FILE:
-        raise ToolError(
-            f"{shown} has {info.st_size} bytes, more than the {MAX_FILE} of a media file; ask for a smaller one"
-        )
-    mime = mimetypes.guess_type(shown)[0] or "application/octet-stream"
+        size = max(info.st_size, len(data))
+        raise ToolError(f"{shown} has {size} bytes, more than the {MAX_FILE} of a media file; ask for a smaller one")
+    mime = mime_type(shown) or "application/octet-stream"
     encoded = base64.b64encode(data).decode()
     if mime.startswith("image/"):
         return CallToolResult(content=[ImageContent(data=encoded, mime_type=mime)])
@@ -1073,17 +1100,15 @@ LOCK_WAIT = 5.0  # seconds to wait for another writer of the same file
 
 
 def try_lock(fd: int) -> bool:
-    """Lock an open file until it is closed, if nobody else has; on Windows, where there is no flock, always true."""
+    """Lock an open file until it is closed. False only if somebody else has: where there are no locks, always true."""
     try:
         import fcntl
-    except ImportError:
-        return True
-    try:
+
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError:  # a file system without locks
-        return True
+    except (ImportError, OSError):  # Windows, or a file system without locks
+        pass
     return True
 
 
@@ -1109,26 +1134,24 @@ class Target:
     shown: str
     old: bytes | None
     info: os.stat_result | None
+    work: Work
 
     def replace(self, data: bytes) -> None:
         """Put the new content in place, with the mode, owner and extended attributes of the old file. Raises OSError,
         or ToolError if another program has changed the file since it was read."""
         temporary, fd = self.create_temporary()
         try:
-            try:
-                with open(fd, "wb", closefd=False) as file:
-                    file.write(data)
+            with open(fd, "wb") as file:
+                file.write(data)
+                file.flush()
                 if self.info is not None:
                     copy_attributes(self, fd)
                 os.fsync(fd)
                 self.refuse_changed()
+                self.work.refuse_late()
                 if isinstance(self.directory, str):  # Windows renames no open file; elsewhere its lock is still needed
-                    os.close(fd)
-                    fd = -1
+                    file.close()
                 replace_at(self.directory, temporary, self.name)
-            finally:
-                if fd >= 0:
-                    os.close(fd)
         except BaseException:
             with suppress(OSError):
                 remove_at(self.directory, temporary)
@@ -1158,10 +1181,9 @@ class Target:
 
     def refuse_changed(self) -> None:
         """Raises ToolError if the name no longer stands for the file that was read."""
-        try:
-            now: os.stat_result | None = stat_at(self.directory, self.name)
-        except FileNotFoundError:
-            now = None
+        now: os.stat_result | None = None
+        with suppress(FileNotFoundError):
+            now = stat_at(self.directory, self.name)
         if identity(now) != identity(self.info):
             raise ToolError(f"{self.shown} was changed by another program just now; read it again, then repeat this")
 
@@ -1174,21 +1196,25 @@ def identity(info: os.stat_result | None) -> tuple[int, ...] | None:
 def copy_attributes(target: Target, fd: int) -> None:
     """Give the open file the owner, the extended attributes (ACLs are among them) and the mode of the old one."""
     assert target.info is not None
+    mode = stat.S_IMODE(target.info.st_mode)
     if hasattr(os, "fchown"):
-        with suppress(OSError):  # only root may give a file away
-            os.fchown(fd, target.info.st_uid, target.info.st_gid)
+        with suppress(OSError):  # only root may give a file away, but a group that one is in may be given to it
+            os.fchown(fd, -1, target.info.st_gid)
+        with suppress(OSError):
+            os.fchown(fd, target.info.st_uid, -1)
+        now = os.fstat(fd)
+        # Rights that were another's must not become rights of ours: set-user-ID would run the new text as this user.
+        if (now.st_uid, now.st_gid) != (target.info.st_uid, target.info.st_gid):
+            mode &= 0o777
+        if now.st_gid != target.info.st_gid:
+            mode &= 0o707
     if hasattr(os, "listxattr"):
-        old = open_at(target.directory, target.name)
-        try:
-            for attribute in os.listxattr(old):
+        with open(open_at(target.directory, target.name), "rb") as old, suppress(OSError):  # not every disk has them
+            for attribute in os.listxattr(old.fileno()):
                 with suppress(OSError):  # some belong to the system
-                    os.setxattr(fd, attribute, os.getxattr(old, attribute))
-        except OSError:  # a file system without them
-            pass
-        finally:
-            os.close(old)
+                    os.setxattr(fd, attribute, os.getxattr(old.fileno(), attribute))
     if os.chmod in os.supports_fd:  # not on Windows, where a file that may not be written cannot be replaced either
-        os.chmod(fd, stat.S_IMODE(target.info.st_mode))
+        os.chmod(fd, mode)
 
 
 @contextmanager
@@ -1196,44 +1222,46 @@ def writing(files: Files, path: str, work: Work) -> Generator[Target]:
     """Opens a file's directory, locks the file if it exists, and reads it: until the end of the block nobody else who
     asks for the lock writes it. Raises ToolError."""
     located = files.sandbox.resolve(path)
+    shown = located.shown
     files.refuse_secret(located)
     if not located.parts:
-        raise ToolError(f"{located.shown} is an allowed directory; give the path of a file in it")
-    try:
-        directory, name = files.sandbox.open_parent(located, for_writing=True)
-    except ToolError as exc:
-        raise ToolError(f"{exc}; create_directory makes directories") from None
-    fd = -1
-    try:
-        with explained(located.shown):
-            remove_leftovers(directory)
-            patience = time.monotonic() + LOCK_WAIT
-            while True:
-                try:
-                    fd, info = open_file_at(directory, name)
-                except FileNotFoundError:
-                    yield Target(directory, name, located.shown, None, None)
-                    return
-                # Whoever held the lock may have put a new file under the name: the lock must be on that one.
-                if try_lock(fd) and identity(info) == identity(stat_at(directory, name)):
-                    break
-                os.close(fd)
-                fd = -1
-                if work.over() or time.monotonic() > patience:
-                    raise ToolError(f"{located.shown} is being written by another program; try again later")
-                time.sleep(0.005)
+        raise ToolError(f"{shown} is an allowed directory; give the path of a file in it")
+    if path.endswith("/") or TEMPORARY.fullmatch(located.parts[-1]):
+        raise ToolError(f"{shown} is no name for a file (a directory's, or a temporary file's); choose another")
+    with files.sandbox.parent(located, for_writing=True) as (directory, name):
+        remove_leftovers(directory)
+        try:
+            fd, info = open_locked(directory, name, shown, work)
+        except FileNotFoundError:
+            yield Target(directory, name, shown, None, None, work)
+            return
+        with open(fd, "rb") as file:
             if info.st_size > MAX_FILE:
-                raise ToolError(f"{located.shown} has {info.st_size} bytes, more than {MAX_FILE}; it is left alone")
-            with open(fd, "rb", closefd=False) as file:
-                old = file.read()
+                raise ToolError(f"{shown} has {info.st_size} bytes, more than {MAX_FILE}; it is left alone")
+            if not writable_at(directory, name):
+                raise ToolError(f"{shown} is write-protected and left alone; ask the user to permit writing it")
+            target = Target(directory, name, shown, file.read(), info, work)
             if isinstance(directory, str):  # Windows replaces no open file
-                os.close(fd)
-                fd = -1
-            yield Target(directory, name, located.shown, old, info)
-    finally:
-        if fd >= 0:
+                file.close()
+            yield target
+
+
+def open_locked(directory: Handle, name: str, shown: str, work: Work) -> tuple[int, os.stat_result]:
+    """Open a file, locked until it is closed. Raises OSError, or ToolError if others do not let go of it."""
+    patience = time.monotonic() + LOCK_WAIT
+    while True:
+        fd, info = open_file_at(directory, name)
+        try:
+            # Whoever held the lock may have put a new file under the name: the lock must be on that one.
+            if try_lock(fd) and identity(info) == identity(stat_at(directory, name)):
+                return fd, info
+        except OSError:
             os.close(fd)
-        close_handle(directory)
+            raise
+        os.close(fd)
+        if work.over() or time.monotonic() > patience:
+            raise ToolError(f"{shown} is being written by another program; try again later")
+        time.sleep(0.005)
 
 
 def write_text(files: Files, path: str, content: str, work: Work) -> str:
@@ -1250,76 +1278,116 @@ def write_text(files: Files, path: str, content: str, work: Work) -> str:
 
 # ------------------------------------------------------------------------------------------------------- editing
 
-BOMS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be"))
+MAX_COMPARED = 20_000  # lines of a file in which a near miss is looked for
+MAX_RATIOS = 200  # of these lines compared letter by letter: up to 10 ms each
+MAX_PAIRS = 5_000_000  # pairs of equal lines that a diff may look at: about a second
+# UTF-32 first: its mark begins like that of UTF-16.
+BOMS = (
+    (codecs.BOM_UTF32_LE, "utf-32-le"),
+    (codecs.BOM_UTF32_BE, "utf-32-be"),
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"),
+    (codecs.BOM_UTF16_BE, "utf-16-be"),
+)
 
 
 def decode_to_edit(data: bytes, shown: str, encoding: str) -> tuple[bytes, str, str]:
     """A file's byte-order mark, its text, and the encoding that turns the text back into the same bytes."""
+    newline_in(encoding)
     bom, codec = next(((bom, codec) for bom, codec in BOMS if data.startswith(bom)), (b"", encoding))
     try:
         text = data[len(bom) :].decode(codec)
-        if codecs.lookup(codec).name in NOT_TEXT or bom + text.encode(codec) != data:
+        if bom + text.encode(codec) != data:
             raise ValueError
-    except (LookupError, ValueError):
+    except ValueError:
         raise ToolError(
             f'{shown} cannot be edited as {encoding[:40]}; pass its encoding, such as "cp1252", or "latin-1" for any'
         ) from None
     return bom, text, codec
 
 
-def replace_once(text: str, edit: Edit, number: int, shown: str) -> str:
-    """The text with one edit made. A line break in oldText stands for either kind, and newText gets the kind that
-    stands where it goes. Raises ToolError unless oldText is there exactly once."""
+def replace_once(text: str, edit: Edit, number: int, shown: str) -> tuple[str, int, int]:
+    """The text with one edit made, and how many characters before and after the edit stay as they are. A line break in
+    oldText stands for either kind, and newText gets the kind that stands where it goes. Raises ToolError unless
+    oldText is there exactly once."""
     plain, old, new = (part.replace("\r\n", "\n") for part in (text, edit.oldText, edit.newText))
     if old == new:
         raise ToolError(f"edit {number} changes nothing; give a newText that differs from its oldText")
     start = plain.find(old)
     if start < 0:
         raise ToolError(f"edit {number}: oldText was not found in {shown}, nothing was written; {nearest(plain, old)}")
-    if plain.find(old, start + 1) >= 0:
-        places = [match.start() for match in re.finditer(f"(?={re.escape(old)})", plain)]
+    places = [start]
+    while len(places) <= 10 and (start := plain.find(old, start + 1)) >= 0:
+        places.append(start)
+    if len(places) > 1:
         lines = ", ".join(str(plain.count("\n", 0, at) + 1) for at in places[:10])
+        # Looking for more places one by one takes hours where a long oldText overlaps itself; count() takes one pass.
         raise ToolError(
-            f"edit {number}: oldText was found {len(places)} times in {shown} (at lines {lines}"
+            f"edit {number}: oldText was found {max(len(places), plain.count(old))} times in {shown} (at lines {lines}"
             f"{' ...' if len(places) > 10 else ''}), nothing was written; make it longer, so that it is there once"
         )
     # Where the line breaks of two characters are, as positions in the plain text.
     breaks = [match.start() - count for count, match in enumerate(re.finditer("\r\n", text))]
-    first, last = bisect_left(breaks, start), bisect_left(breaks, start + len(old))
+    first, last = bisect_left(breaks, places[0]), bisect_left(breaks, places[0] + len(old))
     inside = old.count("\n")
     two = last - first > inside / 2 if inside else len(breaks) > plain.count("\n") / 2
-    return text[: start + first] + (new.replace("\n", "\r\n") if two else new) + text[start + len(old) + last :]
+    before, after = text[: places[0] + first], text[places[0] + len(old) + last :]
+    return before + (new.replace("\n", "\r\n") if two else new) + after, len(before), len(after)
 
 
 def nearest(text: str, old: str) -> str:
-    """The lines of the text that come nearest to `old`, as a short diff, to tell what is wrong with it."""
-    lines, wanted = text.split("\n")[:20_000], old.split("\n")
+    """The place in the text that comes nearest to `old`, as a short diff, to tell what is wrong with it.
+
+    Comparing two lines letter by letter takes milliseconds, and a text can be made that wants it for every line: so
+    lines, their length, their number and the number of comparisons all have a bound.
+    """
+    lines, wanted = text.split("\n", MAX_COMPARED)[:MAX_COMPARED], old.split("\n")
     anchor = max(range(len(wanted)), key=lambda at: len(wanted[at].strip()))
-    matcher = difflib.SequenceMatcher(None, b=wanted[anchor].strip()[:200], autojunk=False)
-    best, where = 0.6, -1
+    matcher = difflib.SequenceMatcher(None, b=wanted[anchor].strip()[:100], autojunk=False)
+    best, where, ratios = 0.6, -1, 0
     for at, line in enumerate(lines):
-        matcher.set_seq1(line.strip()[:200])
-        if matcher.real_quick_ratio() > best and matcher.quick_ratio() > best and matcher.ratio() > best:
-            best, where = matcher.ratio(), at
+        matcher.set_seq1(line.strip()[:100])
+        if ratios < MAX_RATIOS and matcher.real_quick_ratio() > best and matcher.quick_ratio() > best:
+            ratios += 1
+            if (ratio := matcher.ratio()) > best:
+                best, where = ratio, at
     if where < 0:
         return "no line of the file is like it: read the file and copy the text from there"
     start = max(0, where - anchor)
     there = lines[start : start + len(wanted)]
-    diff = [line[:200] for line in difflib.ndiff(wanted, there) if not line.startswith("?")]
-    return f"the nearest text is at line {start + 1} (- is oldText, + is the file):\n" + "\n".join(diff[:30])
+    differs = next((at for at, (a, b) in enumerate(zip(wanted, there, strict=False)) if a != b), len(there) - 1)
+    same = next((at for at, (a, b) in enumerate(zip(wanted[differs], there[differs], strict=False)) if a != b), None)
+    first, left = max(0, differs - 1), max(0, (len(there[differs]) if same is None else same) - 100)
+    shown, found = ([line[left : left + 200] for line in part[first : first + 10]] for part in (wanted, there))
+    diff = "\n".join(line for line in difflib.ndiff(shown, found) if not line.startswith("?"))
+    return f"the nearest text is at line {start + first + 1} (- is oldText, + is the file):\n{diff}"
 
 
-def unified_diff(before: str, after: str, shown: str, max_output: int) -> str:
-    """What an edit changes, with three lines of context."""
-    old, new = (re.findall(r"[^\n]*\n|[^\n]+", text.replace("\r\n", "\n")) for text in (before, after))
-    diff = difflib.unified_diff(old, new, shown, shown)
-    lines = [line if line.endswith("\n") else f"{line}\n\\ No newline at end of file\n" for line in diff]
-    text, shown_lines = "", 0
-    for line in lines:
-        if max_output and text and len(text) + len(line) > max_output:
-            return text + trailer(f"lines 1-{shown_lines} of {len(lines)} of the diff shown; read_file shows the file")
-        text, shown_lines = text + line, shown_lines + 1
-    return text or "(only the kind of line breaks changes)\n"
+def unified_diff(before: str, after: str, head: int, tail: int, shown: str, max_output: int) -> str:
+    """What an edit changes, with three lines of context; the first `head` and last `tail` characters are the same."""
+    # Only the lines between are compared: difflib takes minutes for a long log whose lines are alike.
+    start, end = head + 1, len(before) - tail
+    for _ in range(4):
+        start = before.rfind("\n", 0, max(0, start - 1)) + 1
+        end = before.find("\n", end) + 1 or len(before)
+    texts = before[start:end], after[start : len(after) - (len(before) - end)]
+    old, new = (re.findall(r"[^\n]*\n|[^\n]+", text.replace("\r\n", "\n")) for text in texts)
+    counts, popular = Counter(new), len(new) // 100 + 1  # difflib passes over lines that are more frequent than that
+    if 10 * len(old) + sum(counts[line] for line in old if counts[line] <= popular) > MAX_PAIRS:
+        return f"(the edits span {len(new)} lines, too many for a diff; read_file shows the file)\n"
+    skipped = before.count("\n", 0, start)
+    lines: list[str] = []
+    used = 0
+    diff = list(difflib.unified_diff(old, new, shown, shown))
+    for line in diff:
+        if line.startswith("@@"):
+            line = re.sub(r"(?<=[-+])\d+", lambda number: str(int(number[0]) + skipped), line)
+        lines.append(line if line.endswith("\n") else f"{line}\n\\ No newline at end of file\n")
+        used += len(lines[-1])
+        if max_output and used > max_output and len(lines) > 1:
+            fact = f"lines 1-{len(lines) - 1} of {len(diff)} of the diff shown; read_file shows the file"
+            return "".join(lines[:-1]) + trailer(fact)
+    return "".join(lines) or "(only the kind of line breaks changes)\n"
 
 
 def edit_text(
@@ -1330,16 +1398,18 @@ def edit_text(
         if target.old is None:
             raise ToolError(f"not found: {target.shown}; write_file makes new files")
         bom, before, codec = decode_to_edit(target.old, target.shown, encoding)
-        after = before
+        after, head, tail = before, len(before), len(before)
         for number, edit in enumerate(edits, 1):
-            after = replace_once(after, edit, number, target.shown)
+            work.refuse_late()
+            after, same_before, same_after = replace_once(after, edit, number, target.shown)
+            head, tail = min(head, same_before), min(tail, same_after)
         try:
             data = bom + after.encode(codec)
         except UnicodeEncodeError:
             raise ToolError(f"newText has characters that {codec} cannot write; nothing was written") from None
         if len(data) > MAX_FILE:
             raise ToolError(f"the file would have {len(data)} bytes, more than {MAX_FILE}; nothing was written")
-        diff = unified_diff(before, after, target.shown, max_output)
+        diff = unified_diff(before, after, head, tail, target.shown, max_output)
         if not dry_run:
             target.replace(data)
         return diff
@@ -1377,29 +1447,34 @@ def move(files: Files, source: str, destination: str, work: Work) -> str:
         raise ToolError(f"{new.shown} is {old.shown} itself or inside it; give a destination elsewhere")
     if any(root.path == os.path.join(old.root.path, *old.parts) for root in files.sandbox.roots):
         raise ToolError(f"{old.shown} is an allowed directory and stays where it is; give a path inside it")
-    refuse_moving_secrets(files, old, work)
-    from_directory, name = files.sandbox.open_parent(old, for_writing=True)
-    try:
-        to_directory, new_name = files.sandbox.open_parent(new, for_writing=True)
-        try:
-            with explained(new.shown):
-                rename_new_at(from_directory, name, to_directory, new_name)
-        finally:
-            close_handle(to_directory)
-    finally:
-        close_handle(from_directory)
+    is_directory = stat.S_ISDIR(files.sandbox.stat(old).st_mode)
+    if not is_directory and destination.endswith("/"):
+        raise ToolError(f"{new.shown} would be a directory, and {old.shown} is none; give the whole new path")
+    if is_directory:
+        refuse_unprotecting(files, old, new, work)
+    with (
+        files.sandbox.parent(old, for_writing=True) as (from_directory, name),
+        files.sandbox.parent(new, for_writing=True) as (to_directory, new_name),
+    ):
+        work.refuse_late()
+        rename_new_at(from_directory, name, to_directory, new_name)
     audit(path=old.shown, destination=new.shown)
     return f"moved {old.shown} to {new.shown}"
 
 
-def refuse_moving_secrets(files: Files, located: Located, work: Work) -> None:
-    """A directory with secret files in it is not moved: under another path they could be opened."""
-    if not stat.S_ISDIR(files.sandbox.stat(located).st_mode):
+def refuse_unprotecting(files: Files, old: Located, new: Located, work: Work) -> None:
+    """A directory is not moved if a file in it that may not be opened could be under its new path: a glob that was
+    given with --deny may name the directory. Raises ToolError."""
+    if not files.deny:  # all other rules are about names that move along
         return
-    for listing in Walk(files, located, work, []).listings():
+    walk = Walk(files, old.shown, work, [])
+    for listing in walk.listings():
         for entry in listing.entries:
-            if files.is_secret(f"{located.path}/{listing.prefix}{entry.name}"):
-                raise ToolError(f"{located.shown} has files in it that hold secrets by their names, and is not moved")
+            below = f"/{listing.prefix}{entry.name}"
+            if files.is_secret(old.path + below) and not files.is_secret(new.path + below):
+                raise ToolError(f"{old.shown} has files in it that --deny protects where they are, and is not moved")
+    if walk.notes():
+        raise ToolError(f"{old.shown} could not be searched for files that --deny protects, and is not moved")
 
 
 # ---------------------------------------------------------------------------------------------- the writing tools
@@ -1451,7 +1526,9 @@ def main() -> None:
     parser.add_argument("directories", nargs="+", metavar="DIR", help="a directory that the model may read")
     parser.add_argument("--allow-secrets", action="store_true", help="also open .env files, private keys and the like")
     parser.add_argument("--write", action="store_true", help="also offer tools that write, edit and move files")
-    parser.add_argument("--deny", action="append", default=[], metavar="GLOB", help="never open files that match")
+    parser.add_argument(
+        "--deny", action="append", default=[], metavar="GLOB", help="never open what matches, or is below it"
+    )
     serve(
         parser,
         lambda args, options: build_server(

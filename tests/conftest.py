@@ -3,9 +3,11 @@
 import asyncio
 import json
 import os
+import random
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -145,3 +147,32 @@ def stdio() -> Iterator[Callable[..., Stdio]]:
     yield start
     for server in started:
         server.close()
+
+
+def calls_during_a_race(
+    server: Stdio, program: str, arguments: Sequence[str], calls: Sequence[tuple[str, dict[str, Any]]]
+) -> Iterator[bytes]:
+    """The answers to 20,000 random ones of the calls, while another process runs the Python program in a tight loop."""
+    choose = random.Random(1)
+
+    def send() -> None:
+        for _ in range(20_000):
+            tool, values = choose.choice(calls)
+            server.start(tool, **values)
+
+    assert server.process.stdout
+    answered = {"ok": 0, "refused": 0}
+    hung = threading.Timer(150, server.process.kill)
+    hung.start()
+    with subprocess.Popen([sys.executable, "-c", program, *arguments]) as racer:
+        try:
+            threading.Thread(target=send, daemon=True).start()
+            for _ in range(20_000):
+                line = server.process.stdout.readline()
+                assert line, "the server has closed its output"
+                answered["refused" if b'"isError":true' in line else "ok"] += 1
+                yield line
+        finally:
+            hung.cancel()
+            racer.kill()
+    assert min(answered.values()) > 100, answered  # both sides of the race were met

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from common import Options
+from common import ConfigError, Options
 from conftest import ok, refused
 from mcp import Client
+from mcp.server.mcpserver.exceptions import ToolError
 from mcp_types import AudioContent, BlobResourceContents, EmbeddedResource, ImageContent
 
-from fs_server import build_server
+from fs_server import Files, Walk, Work, build_server
 
 pytestmark = pytest.mark.anyio
 
@@ -269,6 +270,30 @@ async def test_files_that_claim_to_be_empty_are_read() -> None:
         assert "outside" in await refused(client, "read_file", path="self/cwd/pyproject.toml")
 
 
+@pytest.mark.skipif(not Path("/proc/kallsyms").exists(), reason="needs /proc")
+async def test_files_that_give_a_page_at_a_time_are_read_to_their_end() -> None:
+    whole = Path("/proc/kallsyms").read_text()
+    async with client_for(Path("/proc"), options=NO_LIMIT) as client:
+        assert await ok(client, "read_file", path="kallsyms", max_size=100_000_000) == whole
+        last = whole.splitlines()[-1]
+        assert await ok(client, "read_file", path="kallsyms", max_size=100_000_000, tail=1) == f"{last}\n"
+        assert last in await ok(client, "search_text", path="kallsyms", pattern=last.split()[2], max_matches=10_000)
+
+
+@pytest.mark.skipif(not Path("/proc/kmsg").exists(), reason="needs /proc")
+async def test_a_file_that_has_nothing_to_say_just_now_does_not_wait() -> None:
+    async with client_for(Path("/proc")) as client:
+        result = await client.call_tool("read_media_file", {"path": "kmsg"})
+    assert "failed inside the server" not in str(result.content[0])
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm").exists(), reason="needs /sys")
+async def test_files_that_are_shorter_than_they_claim_are_whole() -> None:
+    file = next(path for path in Path("/sys/kernel").rglob("*") if path.is_file() and path.stat().st_size == 4096)
+    async with client_for(Path("/sys")) as client:
+        assert await ok(client, "read_file", path=str(file)) == file.read_text()
+
+
 async def test_symlink_loops_are_errors(root: Path) -> None:
     (root / "a").symlink_to("b")
     (root / "b").symlink_to("a")
@@ -319,6 +344,30 @@ async def test_deny_adds_more_and_stays_with_allow_secrets(root: Path) -> None:
         assert "--deny" in await refused(client, "read_file", path="sub/deeper/data.json")
         assert "--deny" in await refused(client, "read_file", path="sub/code.py")
         assert await ok(client, "read_file", path="note.txt")
+
+
+DENIED = {
+    "a name": ("private", "private/a.txt"),
+    "a name with a slash": ("private/", "private/deeper/b.txt"),
+    "a name at any depth": ("deeper", "private/deeper/b.txt"),
+    "a path": ("private/deeper", "private/deeper/b.txt"),
+    "another case": ("PRIVATE", "private/a.txt"),
+    "a glob": ("priv*", "private/a.txt"),
+}
+
+
+@pytest.mark.parametrize(("deny", "path"), DENIED.values(), ids=DENIED.keys())
+async def test_what_is_below_a_denied_directory_is_denied(root: Path, deny: str, path: str) -> None:
+    (root / "private" / "deeper").mkdir(parents=True)
+    (root / "private" / "a.txt").write_text("needle a")
+    (root / "private" / "deeper" / "b.txt").write_text("needle b")
+    (root / "Note.txt").write_text("needle")
+    async with client_for(root, deny=[deny]) as client:
+        assert "--deny" in await refused(client, "read_file", path=path)
+        found = await ok(client, "search_text", path=".", pattern="needle")
+        assert path not in found
+        assert "secret files" in found
+        assert await ok(client, "read_file", path="Note.txt") == "needle"
 
 
 # ------------------------------------------------------------------------------------------------------- reading
@@ -437,6 +486,8 @@ ENCODED = {
     "utf-8-sig": "bom\n",
     "shift_jis": "日本語\nテキスト\n",
     "gb18030": "中文\n",
+    "utf-7": "日本語\n",
+    "iso2022_jp": "日本語\nテキスト\n",
 }
 
 
@@ -445,6 +496,16 @@ async def test_other_encodings_are_read_when_they_are_named(root: Path, encoding
     (root / "file").write_bytes(ENCODED[encoding].encode(encoding))
     async with client_for(root) as client:
         assert await ok(client, "read_file", path="file", encoding=encoding) == ENCODED[encoding]
+
+
+@pytest.mark.parametrize("encoding", [*ENCODED, "cp037"])
+async def test_a_long_line_in_any_encoding_is_continued_without_a_gap(root: Path, encoding: str) -> None:
+    text = ENCODED.get(encoding, "line\n").replace("\n", "") * 100  # no space: at one, stateful encodings start anew
+    (root / "file").write_bytes(text.encode(encoding))
+    async with client_for(root, options=Options(max_output=70)) as client:
+        pages = await read_all(client, "read_file", path="file", encoding=encoding)
+    assert len(pages) > 2
+    assert "".join(page.removesuffix("\n") for page in pages) == text
 
 
 async def test_any_byte_can_be_seen_as_latin_1(root: Path) -> None:
@@ -506,6 +567,18 @@ async def test_several_files_share_one_budget_and_the_rest_is_named(root: Path) 
     assert sorted(seen) == sorted(f"{name} line {n}" for name in names for n in range(20))
 
 
+@pytest.mark.parametrize("letter", ["x", "x/", "\x01", "\U000e0001"], ids=["name", "path", "control", "invisible"])
+async def test_long_paths_do_not_flood_a_result(root: Path, letter: str) -> None:
+    path = (letter * 16_000)[:16_000]
+    async with client_for(root) as client:
+        text = await ok(client, "read_multiple_files", paths=[path] * 100)
+        assert len(text) < 90_000
+        assert len(await refused(client, "read_file", path=path)) < 17_000
+        assert len(await refused(client, "read_file", path=f"../{path}")) < 17_000
+    if letter == "x":
+        assert re.search(r"\[files 1-(\d+) of 100 shown; continue with the last \d+ of these paths\]$", text)
+
+
 async def test_media_files_have_their_type(root: Path) -> None:
     for name in ("a.png", "b.mp3", "c.pdf", "noext"):
         (root / name).write_bytes(b"\x00\x01" + name.encode())
@@ -524,6 +597,26 @@ async def test_media_files_have_their_type(root: Path) -> None:
     assert isinstance(blob, EmbeddedResource)
     assert isinstance(blob.resource, BlobResourceContents)
     assert base64.b64decode(blob.resource.blob) == b"\x00\x01noext"
+
+
+async def test_the_mime_type_is_that_of_the_bytes(root: Path) -> None:
+    for name in ("photo.png.gz", "photo.png.xz", "data:image,x"):
+        (root / name).write_bytes(b"x")
+    (root / "folder.png").mkdir()
+    expected = {"photo.png.gz": "application/gzip", "photo.png.xz": None, "data:image,x": None}
+    async with client_for(root) as client:
+        for name, mime in expected.items():
+            block = (await client.call_tool("read_media_file", {"path": name})).content[0]
+            assert isinstance(block, EmbeddedResource)
+            assert block.resource.mime_type == (mime or "application/octet-stream")
+            assert json.loads(await ok(client, "get_file_info", path=name))["mime_type"] == mime
+        assert json.loads(await ok(client, "get_file_info", path="folder.png"))["mime_type"] is None
+
+
+async def test_an_empty_media_file_is_an_error(root: Path) -> None:
+    (root / "empty.png").touch()
+    async with client_for(root) as client:
+        assert "empty" in await refused(client, "read_media_file", path="empty.png")
 
 
 async def test_a_media_file_above_the_limit_is_refused(root: Path) -> None:
@@ -560,6 +653,8 @@ async def test_a_recursive_listing_takes_a_pattern(root: Path) -> None:
         text = await ok(client, "list_directory", path=".", recursive=True, pattern="*.json")
         assert [json.loads(line)["path"] for line in text.split("\n")] == ["./sub/deeper/data.json"]
         assert await ok(client, "list_directory", path=".", pattern="*.xyz") == "[no entries]"
+        assert "recursive=true" in await refused(client, "list_directory", path=".", pattern="sub/*.py")
+        assert '"./note.txt"' in await ok(client, "list_directory", path=".", pattern="**/*.txt")
 
 
 async def test_a_tree_is_indented_and_marks_what_it_does_not_enter(root: Path) -> None:
@@ -631,6 +726,32 @@ async def test_globs(tmp_path: Path, pattern: str) -> None:
         text = await ok(client, "search_files", path=".", pattern=pattern)
     found = set[str]() if text == "[no matches]" else {line.removeprefix("./") for line in text.split("\n")}
     assert found == GLOBS[pattern]
+
+
+BAD_GLOBS = {"reversed range": "[z-a]", "unclosed brace": "}{a", "too many braces": "{" * 400 + "}" * 400}
+
+
+@pytest.mark.parametrize("pattern", BAD_GLOBS.values(), ids=BAD_GLOBS.keys())
+async def test_a_glob_that_is_not_valid_is_called_a_glob(root: Path, pattern: str) -> None:
+    async with client_for(root) as client:
+        message = await refused(client, "search_files", path=".", pattern=pattern)
+        assert message.startswith("the glob '")
+        assert "brackets and braces" in message
+        assert "glob" in await refused(client, "search_text", path=".", pattern="x", glob=pattern)
+
+
+@pytest.mark.parametrize("pattern", ["", "./"])
+async def test_an_empty_glob_is_an_error_also_at_the_start(root: Path, pattern: str) -> None:
+    async with client_for(root) as client:
+        assert "is empty" in await refused(client, "search_files", path=".", pattern=pattern)
+    with pytest.raises(ConfigError, match=r"--deny: the glob .* is empty"):
+        build_server([root], deny=[pattern])
+
+
+async def test_a_tilde_is_a_letter_like_any_other(root: Path) -> None:
+    (root / "~$letter.docx").touch()
+    async with client_for(root) as client:
+        assert await ok(client, "search_files", path=".", pattern="~$*") == "./~$letter.docx"
 
 
 @pytest.mark.parametrize("pattern", ["{a,aa}" * 40 + "b", "*a" * 60 + "b", "**/" * 300 + "x", "[" * 500, "{" * 900])
@@ -738,6 +859,18 @@ async def test_lines_of_any_text_are_found_and_long_ones_are_clipped(root: Path)
         assert "./crlf:2:needle" in await ok(client, "search_text", path=".", pattern="dle$", regex=True)
 
 
+async def test_text_is_found_in_any_case_and_wherever_it_stands_in_a_line(root: Path) -> None:
+    (root / "far").write_text("x" * 50_000 + "NEEDLE" + "y" * 5000)
+    (root / "street").write_text("Große STRASSE\nΣΊΣΥΦΟΣ\n")
+    async with client_for(root) as client:
+        for arguments in ({"pattern": "NEEDLE"}, {"pattern": "needle", "ignore_case": True}):
+            text = await ok(client, "search_text", path="far", **arguments)
+            assert re.fullmatch(r"far:1:\[49875 characters\]…x{125}NEEDLEy{369}…\[4631 characters\]", text)
+        for pattern in ("große", "GROSSE", "straße", "a"):
+            assert "street:1:" in await ok(client, "search_text", path="street", pattern=pattern, ignore_case=True)
+        assert "street:2:" in await ok(client, "search_text", path="street", pattern="σίσυφος", ignore_case=True)
+
+
 async def test_a_regular_expression_sees_the_start_of_a_long_line_and_that_is_said(root: Path) -> None:
     (root / "long").write_text("x" * 1990 + "needle" + "y" * 5000 + "needle\n")
     async with client_for(root) as client:
@@ -818,6 +951,13 @@ async def test_a_thousand_levels_are_listed_to_a_depth_that_is_said(abyss: Path)
         assert await ok(client, "read_file", path="deeper/" * 1000 + "bottom.txt") == "made it"
         near = "deeper/" * 950
         assert (await ok(client, "search_files", path=near, pattern="bottom.txt")).endswith("bottom.txt")
+
+
+def test_an_offset_that_a_walk_did_not_reach_in_its_time_is_not_called_past_the_end(root: Path) -> None:
+    walk = Walk(Files([root]), ".", Work(deadline=0))
+    with pytest.raises(ToolError, match="stopped after 25 s, before offset=4; give a narrower path"):
+        walk.page((listing.prefix for listing in walk.listings()), "lines", 1000, 4)
+    assert "stopped after 25 s" in walk.page((listing.prefix for listing in walk.listings()), "lines", 1000, 0)
 
 
 async def test_a_short_walk_reports_its_progress_once(root: Path) -> None:

@@ -3,12 +3,11 @@
 import json
 import os
 import random
+import re
 import resource
 import signal
 import stat
-import subprocess
-import sys
-import threading
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,11 @@ from typing import Any
 import anyio
 import pytest
 from common import Options
-from conftest import Stdio, ok, refused
+from conftest import Stdio, calls_during_a_race, ok, refused
 from mcp import Client
+from mcp.server.mcpserver.exceptions import ToolError
 
-from fs_server import build_server
+from fs_server import Edit, Files, Work, build_server, edit_text, move, write_text
 
 pytestmark = pytest.mark.anyio
 
@@ -126,6 +126,8 @@ BAD_WRITES = {
     "nul": ("a\0b", "NUL"),
     "fifo": ("fifo", "never opened"),
     "too long": ("x" * 300, "too long"),
+    "a new directory": ("new/", "no name for a file"),
+    "a temporary file": (f"sub/.fs-server-{'0' * 16}.tmp", "no name for a file"),
 }
 
 
@@ -203,6 +205,36 @@ async def test_the_audit_line_names_sizes_and_hashes_before_and_after(root: Path
     assert (third["path"], third["destination"]) == ("a", "b")
 
 
+AS_NOBODY = """
+import os, sys
+import fs_server
+sys.argv = sys.argv[1:]
+if os.geteuid() == 0:
+    os.setgroups([])
+    os.setresgid(65534, 65534, 65534)
+    os.setresuid(65534, 65534, 65534)
+fs_server.main()
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs files of several users")
+def test_rights_of_another_user_do_not_become_rights_of_the_servers_user(stdio: Start) -> None:
+    with tempfile.TemporaryDirectory() as name:  # another user cannot get into pytest's own directories
+        root = Path(name)
+        root.chmod(0o777)
+        for file, mode, group in (("program", 0o4777, 65534), ("shared", 0o666, 0), ("closed", 0o644, 0)):
+            (root / file).write_text("old")
+            os.chown(root / file, 0, group)
+            (root / file).chmod(mode)
+        server = stdio("-c", AS_NOBODY, "fs_server.py", name, "--write")
+        for file in ("program", "shared"):
+            server.text("write_file", path=file, content="new")
+        message = server.call("write_file", path="closed", content="new")["content"][0]["text"]
+        assert message == "closed is write-protected and left alone; ask the user to permit writing it"
+        found = {path.name: (stat.S_IMODE(path.stat().st_mode), path.read_text()) for path in root.iterdir()}
+    assert found == {"program": (0o777, "new"), "shared": (0o606, "new"), "closed": (0o644, "old")}
+
+
 # ----------------------------------------------------------------------------------------------------- edit_file
 
 EDITS: dict[str, tuple[bytes, list[dict[str, str]], bytes]] = {
@@ -227,6 +259,7 @@ EDITS: dict[str, tuple[bytes, list[dict[str, str]], bytes]] = {
         b"\xfe\xff" + "1\r\n2\r\n".encode("utf-16-be"),
     ),
     "dollars and backslashes": (b"a $1 \\1 (.*) b", [edit("$1 \\1 (.*)", "$2 \\g<0> [x]")], b"a $2 \\g<0> [x] b"),
+    "utf-32": ("one\ntwo\n".encode("utf-32"), [edit("two", "zwei")], "one\nzwei\n".encode("utf-32")),
     "line separators": ("a\u2028b\x0bc\n".encode(), [edit("b", "B")], "a\u2028B\x0bc\n".encode()),
     "umlauts": ("käse öl\n".encode(), [edit("käse", "Brot")], "Brot öl\n".encode()),
 }
@@ -286,6 +319,71 @@ async def test_the_nearest_text_comes_as_a_diff(root: Path) -> None:
         result = await client.call_tool("edit_file", {"path": "file", "edits": [edit("def g():\n    return 2", "x")]})
     assert "at line 4" in result.content[0].text  # pyright: ignore
     assert "-     return 2\n+     return  2" in result.content[0].text  # pyright: ignore
+
+
+async def test_the_nearest_text_is_shown_where_it_differs(root: Path) -> None:
+    lines = [f"line {n} is one of many" for n in range(200)]
+    (root / "file").write_text("\n".join(lines))
+    (root / "long").write_text("x" * 5000 + "right" + "y" * 5000)
+    async with client_for(root) as client:
+        wrong = "\n".join([*lines[50:120], "line 120 is none of many"])
+        result = await client.call_tool("edit_file", {"path": "file", "edits": [edit(wrong, "x")]})
+        text = str(result.content[0].text)  # pyright: ignore
+        assert "at line 120 (" in text
+        assert "- line 120 is none of many\n+ line 120 is one of many" in text
+        assert len(text) < 1000
+        result = await client.call_tool("edit_file", {"path": "long", "edits": [edit("x" * 5000 + "wrong", "z")]})
+        text = str(result.content[0].text)  # pyright: ignore
+        assert "- " + "x" * 100 + "wrong\n" in text
+        assert "+ " + "x" * 100 + "right" in text
+        assert len(text) < 1000
+
+
+LOG = "".join(f"event number {n * 7919 % 150}\n" for n in range(100_000))
+EDIT_BOMBS: dict[str, tuple[str, list[dict[str, str]], str, str]] = {
+    "one letter": ("a" * 9_999_999, [edit("a", "x")], "utf-8", "found 9999999 times"),
+    "overlapping itself": ("a" * 3_000_000, [edit("a" * 100_000, "x")], "utf-8", "found 30 times"),
+    "anagrams": (("a" * 50 + "b" * 50 + "\n") * 20_000, [edit("ab" * 50, "x")], "utf-8", "no line of the file"),
+    "near misses": (LOG, [edit(LOG[:90_000].replace("number", "numbers"), "x")], "utf-8", "nearest text is at line 1 "),
+    "long near miss": ("ab" * 400_000 + "c", [edit("ab" * 400_000 + "d", "x")], "utf-8", "nearest text"),
+    "slow decoder": ("a-" + "b" * 1_000_000, [edit("a", "x")], "punycode", "unknown text encoding"),
+    "one edit of lines that are alike": (f"first\n{LOG}", [edit("first", "1st")], "utf-8", "@@ -1,4 +1,4 @@\n-first"),
+    "edits far apart": (f"first\n{LOG}last", [edit("first", "1"), edit("last", "2")], "utf-8", "span 100002 lines"),
+}
+
+
+@pytest.mark.parametrize(("text", "edits", "encoding", "answer"), EDIT_BOMBS.values(), ids=EDIT_BOMBS.keys())
+async def test_an_edit_built_to_take_hours_just_answers(
+    root: Path, text: str, edits: list[dict[str, str]], encoding: str, answer: str
+) -> None:
+    (root / "file").write_text(text)
+    async with client_for(root) as client:
+        arguments = {"path": "file", "edits": edits, "encoding": encoding, "dryRun": True}
+        result = await client.call_tool("edit_file", arguments)
+    assert answer in result.content[0].text  # pyright: ignore
+
+
+async def test_a_diff_of_edits_far_apart_has_the_line_numbers_of_the_file(root: Path) -> None:
+    text = "".join(f"line {n}\n" for n in range(1, 1001))
+    (root / "file").write_text(text)
+    async with client_for(root) as client:
+        edits = [edit("line 900\n", "new 900\n"), edit("line 500\n", ""), edit("line 700\n", "line 700\nmore\n")]
+        diff = await ok(client, "edit_file", path="file", edits=edits)
+    changed = [line for line in diff.splitlines() if line[0] in "-+"]
+    assert changed == ["--- file", "+++ file", "-line 500", "+more", "-line 900", "+new 900"]
+    assert re.findall(r"@@.*@@", diff) == ["@@ -497,7 +497,6 @@", "@@ -698,6 +697,7 @@", "@@ -897,7 +897,7 @@"]
+
+
+def test_a_call_that_nobody_waits_for_any_more_writes_nothing(root: Path) -> None:
+    files = Files([root])
+    for work in (Work(cancelled=True), Work(deadline=0)):
+        with pytest.raises(ToolError, match="nothing was changed"):
+            write_text(files, "note.txt", "late", work)
+        with pytest.raises(ToolError, match="nothing was changed"):
+            edit_text(files, "note.txt", [Edit(oldText="one", newText="1")], False, "utf-8", 0, work)
+        with pytest.raises(ToolError, match="nothing was changed"):
+            move(files, "note.txt", "moved.txt", work)
+    assert snapshot(root) == {"note.txt": b"one\ntwo\nthree\n", "sub": None}
 
 
 async def test_an_edit_of_a_missing_file_names_write_file(root: Path) -> None:
@@ -376,6 +474,7 @@ BAD_MOVES = {
     "a secret": (".env", "env.txt", "--allow-secrets"),
     "to a secret": ("note.txt", ".env.local", "--allow-secrets"),
     "a secret directory": (".ssh", "ssh", "--allow-secrets"),
+    "a file to a new directory": ("note.txt", "archive/", "would be a directory"),
 }
 
 
@@ -394,12 +493,44 @@ async def test_a_move_that_may_not_be_changes_nothing(root: Path, source: str, d
     assert snapshot(root.parent) == before
 
 
-async def test_a_directory_with_secrets_below_is_not_moved_where_they_could_be_read(root: Path) -> None:
+async def test_a_directory_is_not_moved_to_where_its_protected_files_could_be_read(root: Path) -> None:
     (root / "sub" / "code.py").write_text("x")
-    async with client_for(root, deny=["sub/code*"]) as client:
-        assert "is not moved" in await refused(client, "move_file", source="sub", destination="open")
+    (root / "sub" / "node_modules").mkdir()
+    for deny in ("sub/code*", "sub/**/*.py"):
+        async with client_for(root, deny=[deny]) as client:
+            assert "--deny protects" in await refused(client, "move_file", source="sub", destination="open")
+    async with client_for(root, deny=["other/code*"]) as client:
+        await ok(client, "move_file", source="sub", destination="open")
+
+
+async def test_a_directory_that_cannot_be_searched_for_protected_files_is_not_moved(root: Path) -> None:
+    (root / ("deep/" * 101)).mkdir(parents=True)
+    async with client_for(root, deny=["deep/**/secret*"]) as client:
+        assert "could not be searched" in await refused(client, "move_file", source="deep", destination="open")
+    async with client_for(root) as client:
+        await ok(client, "move_file", source="deep", destination="open")
+
+
+async def test_a_directory_with_secrets_is_moved_and_they_stay_closed(root: Path) -> None:
+    (root / "sub" / ".ssh").mkdir()
+    for name in ("sub/.env", "sub/.ssh/config", "sub/tls.key"):
+        (root / name).write_text("hunter2")
     async with client_for(root) as client:
         await ok(client, "move_file", source="sub", destination="open")
+        for name in (".env", ".ssh/config", "tls.key"):
+            assert "--allow-secrets" in await refused(client, "read_file", path=f"open/{name}")
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="needs another disk")
+async def test_a_move_to_another_disk_is_refused_with_a_way_out(root: Path) -> None:
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as other:
+        if os.stat(other).st_dev == root.stat().st_dev:
+            pytest.skip("needs another disk")
+        async with client_for(root, Path(other)) as client:
+            message = await refused(client, "move_file", source="note.txt", destination=f"{other}/note.txt")
+            assert "another disk" in message
+            assert "write the file there" in message
+    assert (root / "note.txt").exists()
 
 
 async def test_all_of_it_works_where_the_platform_has_no_dir_fd(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -463,27 +594,8 @@ def test_nothing_outside_changes_while_another_process_swaps_directories_for_sym
         ("move_file", {"source": "elsewhere.txt", "destination": "dir/again.txt"}),
     ]
     server = stdio("fs_server.py", str(root), "--write")
-    answered = {"ok": 0, "refused": 0}
-
-    def read() -> None:
-        for _ in range(20_000):
-            line = server.process.stdout.readline()  # pyright: ignore[reportOptionalMemberAccess]
-            answered["refused" if b'"isError":true' in line else "ok"] += 1
-
-    swapper = subprocess.Popen([sys.executable, "-c", SWAPPER, str(root), str(outside)])
-    reader = threading.Thread(target=read)
-    reader.start()
-    try:
-        choose = random.Random(2)
-        for _ in range(20_000):
-            tool, arguments = choose.choice(calls)
-            server.start(tool, **arguments)
-        reader.join(150)
-    finally:
-        swapper.kill()
-        swapper.wait()
-    assert sum(answered.values()) == 20_000
-    assert min(answered.values()) > 100, answered
+    for _ in calls_during_a_race(server, SWAPPER, [str(root), str(outside)], calls):
+        pass
     assert snapshot(outside) == before
     assert leftovers(root) == []
 
