@@ -17,6 +17,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from fnmatch import fnmatchcase
+from itertools import accumulate
 from typing import Any
 
 import anyio
@@ -48,6 +49,7 @@ from db_server import (
     quoted,
     read_rows,
     shrink,
+    some,
 )
 
 try:
@@ -107,7 +109,7 @@ BLANKS = re.compile(r"[ \t\f\v]+")
 
 # What is inside a string, a quoted name or a comment is no code; one that does not end takes the rest of the text.
 LITERAL = (
-    r"""[eE]'(?:[^'\\]|\\.|'')*(?:'|\Z)|'[^']*(?:'|\Z)|"[^"]*(?:"|\Z)|--[^\r\n]*|/\*.*?(?:\*/|\Z)"""
+    r"""(?<![\w$])[eE]'(?:[^'\\]|\\.|'')*(?:'|\Z)|'[^']*(?:'|\Z)|"[^"]*(?:"|\Z)|--[^\r\n]*|/\*.*?(?:\*/|\Z)"""
     r"|\$((?:[A-Za-z_]\w*)?)\$.*?(?:\$\1\$|\Z)"
 )
 LITERAL_OR_END = re.compile(LITERAL + r"|(?P<end>;(?>\s|--[^\r\n]*|/\*.*?\*/)*+\Z)", re.DOTALL)
@@ -165,7 +167,10 @@ class Blob(str):
 
 RENDER[Verbatim] = str
 RENDER[Blob] = lambda size: f"\"(blob, {size} bytes; encode(column, 'hex') shows them)\""
-LONG_NUMBER = re.compile(r"[0-9]{16}")
+LOSSY = re.compile(r"[0-9](?:[0-9]{15}|[eE][+-]?[0-9]{3})")  # a number that other parsers of JSON round, or overflow on
+STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"')
+LINE_BREAK = re.compile(r"[\r\n]\s*")  # between two values: in a string, both are escaped
+BRACKETS = {"[": 1, "{": 1, "]": -1, "}": -1}
 
 
 def _integer(text: str) -> str:
@@ -176,10 +181,30 @@ def _float(text: str) -> str:
     return text if text in ("NaN", "Infinity", "-Infinity") else Verbatim(text)
 
 
+def has_surrogate(text: str) -> bool:
+    """Whether a text holds half of a character, which no encoding can write."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
+def _is_safe(text: str) -> bool:
+    """Whether all parsers of JSON read the same from it."""
+    bare = STRING.sub("", text)
+    depth = max(accumulate(BRACKETS.get(character, 0) for character in bare), default=0)
+    if depth > MAX_DEPTH or LOSSY.search(bare):
+        return False
+    return not has_surrogate(json.dumps(json.loads(text), ensure_ascii=False))
+
+
 def _json(text: str) -> str:
     """As it is, unless a client's JSON parser could lose digits or give up; a row is one line."""
-    plain = text.count("[") + text.count("{") <= MAX_DEPTH and not LONG_NUMBER.search(text)
-    return Verbatim(text) if plain and "\n" not in text and "\r" not in text else text
+    suspect = text.count("[") + text.count("{") > MAX_DEPTH or "\\u" in text or LOSSY.search(text)
+    if suspect and (len(text) > MAX_CELL or not _is_safe(text)):
+        return text
+    return Verbatim(LINE_BREAK.sub("", text))
 
 
 def _bool(text: str) -> str:
@@ -330,13 +355,16 @@ def typed(sql: str, values: Sequence[Any], kinds: Sequence[Any]) -> tuple[str, l
 # ------------------------------------------------------------------------------------------------------- queries
 
 
-def has_surrogate(text: str) -> bool:
-    """Whether a text holds half of a character, which no encoding can write."""
+async def prepare(connection: Any, sql: str) -> Any:
+    """A statement as PostgreSQL has compiled it. Raises QueryError."""
     try:
-        text.encode()
-    except UnicodeEncodeError:
-        return True
-    return False
+        return await connection.prepare(sql, name="")
+    except asyncpg.InternalClientError as exc:  # anyarray in pg_stats, or a record that holds it
+        if not re.search("types|codec", str(exc)):
+            raise
+        raise QueryError(
+            "a column has the type anyarray, which has no values; cast it to text, name the others"
+        ) from None
 
 
 async def compile_reading(connection: Any, sql: str, params: Any) -> tuple[str, list[str | None], Sequence[Any]]:
@@ -348,7 +376,7 @@ async def compile_reading(connection: Any, sql: str, params: Any) -> tuple[str, 
     # asyncpg would fail half way through a message, and the connection with it.
     if has_surrogate(sql) or has_surrogate(json.dumps(values, ensure_ascii=False)):
         raise QueryError("the statement or a parameter holds half of a surrogate pair; send valid text")
-    statement = await connection.prepare(sql, name="")
+    statement = await prepare(connection, sql)
     if not statement.get_attributes():
         raise QueryError(ONLY_READS)
     return *typed(sql, values, statement.get_parameters()), statement.get_attributes()
@@ -377,7 +405,7 @@ async def explain(connection: Any, *, sql: str, params: Any, max_output: int) ->
     sql, values, _ = await compile_reading(connection, sql, params)
     with only_reading():  # in brackets: EXPLAIN of `ANALYZE DELETE ...` would run it
         plan = await connection.fetch(f"EXPLAIN SELECT * FROM (\n{sql}\n) AS q", *values)
-    return fit("\n".join(line[0] for line in plan), max_output)
+    return fit("\n".join(line[0] for line in plan), max_output, "explain a part of the statement")
 
 
 # -------------------------------------------------------------------------------------------------------- schema
@@ -442,22 +470,28 @@ async def find_schema(connection: Any, schema: str) -> str:
 
 async def find_table(connection: Any, schema: str, table: str) -> tuple[str, int, str, str]:
     """Schema, identifier, name and type of a table or view. Raises QueryError that suggests the nearest name."""
-    schema = await find_schema(connection, schema)
-    found = await connection.fetchrow(FIND, schema, table)
-    if found is None:
-        raise QueryError(f"no such table: {table}{nearest(table, await ask(connection, ALL_TABLES))}")
-    return schema, *found
+    qualifier, _, name = table.partition(".")
+    for place in ((await find_schema(connection, schema), table), (qualifier, name)):
+        if found := await connection.fetchrow(FIND, *place):
+            return place[0], *found
+    raise QueryError(f"no such table: {table}{nearest(table, await ask(connection, ALL_TABLES))}")
 
 
 def nearest(name: str, known: Sequence[tuple[str, str, str]]) -> str:
     """The end of a "no such table" message: the nearest names there are, or what there is."""
     import difflib
 
-    by_lower = {table.lower(): table if schema == "public" else f"{schema}.{table}" for schema, table, _ in known}
+    names: dict[str, list[str]] = {}  # of one name in several schemas, and what each must be called
+    for schema, table, _ in known:
+        names.setdefault(table.lower(), []).append(table if schema == "public" else f"{schema}.{table}")
     wanted = name.rpartition(".")[2].strip('"').lower()[:100]
-    if close := difflib.get_close_matches(wanted, by_lower, 3, 0.6):
-        return f"; did you mean {' or '.join(by_lower[match] for match in close)}?"
-    return f"; the tables are {', '.join(list(by_lower.values())[:20])}" if known else "; the role may read no table"
+    if close := [full for match in difflib.get_close_matches(wanted, names, 3, 0.6) for full in names[match]]:
+        return f"; did you mean {' or '.join(close[:5])}?"
+    return (
+        f"; the tables are {some([full for same in names.values() for full in same])}"
+        if known
+        else "; the role may read no table"
+    )
 
 
 async def tables(connection: Any, *, schema: str, pattern: str, offset: int, max_output: int) -> Answer:
@@ -493,14 +527,18 @@ async def sample(
     connection: Any, schema: str, table: str, names: Sequence[str], seconds: float
 ) -> tuple[list[Any], str]:
     """The first rows and "", or none and why: a slow view must not hide the columns."""
+    if not names:
+        return [], "the table has no columns"
     columns = ", ".join(quoted(name) for name in names)
     sql = f"SELECT {columns} FROM {quoted(schema)}.{quoted(table)}"
     await connection.execute(f"SAVEPOINT sample; SET LOCAL statement_timeout = {max(1, round(seconds * 1000))}")
     try:
-        statement = await connection.prepare(sql, name="")
+        statement = await prepare(connection, sql)
         readers = [reader_of(column.type) for column in statement.get_attributes()]
         wrapped = wrap(sql, readers, SAMPLE_CELL, SAMPLE_ROWS, 0)
         rows = await fetch(connection, wrapped, (), readers, SAMPLE_CELL, SAMPLE_ROWS, MAX_RESULT)
+    except QueryError as exc:
+        return [], f"no sample rows: {exc}"
     except LOST:
         raise
     except SQLSTATE as exc:
@@ -534,6 +572,9 @@ AND NOT EXISTS (SELECT FROM pg_constraint o WHERE o.conindid = i.indexrelid AND 
 UNION ALL SELECT pg_get_triggerdef(oid) FROM pg_trigger WHERE tgrelid = $1 AND NOT tgisinternal) AS lines"""
 
 
+SEE_ALSO = "query pg_get_viewdef, pg_indexes or information_schema.columns"
+
+
 async def create_statement(connection: Any, *, schema: str, table: str, max_output: int) -> Answer:
     """The CREATE statement of a table or view, as the catalogs tell it, with its indexes and triggers."""
     _, oid, _, _ = await find_table(connection, schema, table)
@@ -546,7 +587,7 @@ async def create_statement(connection: Any, *, schema: str, table: str, max_outp
         first += f" PARTITION BY {key}" if key else ""
         first += f" SERVER {server}" if server else ""  # its options may hold a password
         first += f";\nALTER TABLE {parent} ATTACH PARTITION {name} {bound}" if parent else ""
-    return fit("\n".join(f"{line};" for line in [first, *await ask(connection, MORE, oid)]), max_output)
+    return fit("\n".join(f"{line};" for line in [first, *await ask(connection, MORE, oid)]), max_output, SEE_ALSO)
 
 
 async def all_tables(connection: Any) -> Answer:

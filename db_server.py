@@ -56,6 +56,7 @@ SAMPLE_CELL = 200  # characters of one cell in the sample rows
 MAX_COUNTED = 4 * 2**20  # bytes of a database whose rows are counted for list_tables: that takes milliseconds
 MAX_FILES = 10  # SQLite attaches ten databases to a connection at most
 MAX_NAMES = 5_000  # names looked through for a suggestion
+MAX_SHOWN = 20  # names in an error
 MAX_RESOURCES = 1_000  # tables listed as resources; others can be read all the same
 
 
@@ -174,6 +175,9 @@ def open_read_only(files: Sequence[Sequence[str]]) -> tuple[sqlite3.Connection, 
     connection = open_files(files)
     forbid_writing(connection)
     limit_sizes(connection, len(files) - 1)
+    connection.text_factory = text_reader(
+        MAX_NAME
+    )  # a name that is not UTF-8, the file's own too, is no reason to fail
     authorizer = Authorizer(connection)
     connection.set_authorizer(authorizer)
     return connection, authorizer
@@ -393,16 +397,16 @@ def explain(connection: sqlite3.Connection, *, sql: str, params: Any, max_output
     for step, parent, _, detail in cursor:
         depth[step] = depth.get(parent, -1) + 1
         lines.append("  " * depth[step] + f"- {detail}")
-    return fit("\n".join(lines) or "- no table is read", max_output)
+    return fit("\n".join(lines) or "- no table is read", max_output, "explain a part of the statement")
 
 
-def fit(text: str, max_output: int) -> Answer:
-    """As many lines as a result may hold, or as many characters of a single long one."""
+def fit(text: str, max_output: int, rest: str) -> Answer:
+    """As many lines as a result may hold, or as many characters of a single long one; `rest` says how to see more."""
     if not max_output or len(text) <= max_output:
         return Answer(text)
     shown = text[: max(0, max_output - 100)]
     shown = shown[: shown.rfind("\n")] if "\n" in shown else shown
-    return Answer(shown, [f"characters 1-{len(shown)} of {len(text)} shown; --max-output sets the limit"])
+    return Answer(shown, [f"characters 1-{len(shown)} of {len(text)} shown, for the rest {rest}"])
 
 
 # -------------------------------------------------------------------------------------------------------- schema
@@ -427,13 +431,14 @@ def find_schema(connection: sqlite3.Connection, schema: str) -> str:
 
 def find_table(connection: sqlite3.Connection, schema: str, table: str) -> tuple[str, str, str]:
     """Schema, name and type of a table or view. Raises QueryError that suggests the nearest name."""
-    schema = find_schema(connection, schema)
-    found = connection.execute(
-        "SELECT name, type FROM pragma_table_list WHERE schema = ? AND name = ? COLLATE NOCASE", (schema, table)
-    ).fetchone()
-    if found is None:
-        raise QueryError(f"no such table: {table}{nearest(connection, 'table', table.replace('.', ' '), '')}")
-    return schema, found[0], found[1]
+    known = (
+        "SELECT schema, name, type FROM pragma_table_list WHERE schema = ? COLLATE NOCASE AND name = ? COLLATE NOCASE"
+    )
+    qualifier, _, name = table.partition(".")
+    for place in ((find_schema(connection, schema), table), (qualifier, name)):
+        if found := connection.execute(known, place).fetchone():
+            return found
+    raise QueryError(f"no such table: {table}{nearest(connection, 'table', table, '')}")
 
 
 def row_estimates(connection: sqlite3.Connection, schema: str, tables: Iterable[str]) -> dict[str, int]:
@@ -572,21 +577,24 @@ def sample(connection: sqlite3.Connection, schema: str, table: str, seconds: flo
 
 
 def shrink(result: dict[str, Any], max_output: int, elsewhere: str = "pragma_table_xinfo(table, schema)") -> str:
-    """A table description as JSON that fits: a table can have 2,000 columns."""
+    """A table description as JSON that fits: a table can have 2,000 columns, and any number of indexes."""
     text = json.dumps(result, ensure_ascii=False)
-    total = len(result["columns"])
-    while max_output and len(text) > max_output and (result["sample_rows"] or len(result["columns"]) > 1):
+    totals = {part: len(result[part]) for part in ("columns", "primary_key", "indexes", "foreign_keys")}
+    while max_output and len(text) > max_output:
+        longest = result[max(totals, key=lambda part: len(str(result[part])))]
         if not result["sample_rows"]:
-            for part in ("columns", "indexes", "foreign_keys", "primary_key"):
-                result[part] = result[part][: max(1, len(result[part]) * 3 // 4)]
+            if len(longest) < 2:
+                raise QueryError(
+                    f"the description does not fit into {max_output} characters; query {elsewhere} instead"
+                )
+            del longest[len(longest) * 3 // 4 :]
         result["sample_rows"] = []
+        lists = {part: len(result[part]) for part in totals}
+        cut = [f", {part} 1-{shown} of {totals[part]} shown" for part, shown in lists.items() if shown < totals[part]]
         result["note"] = (
-            f"too large for one result, no sample rows, columns 1-{len(result['columns'])} of {total} shown; "
-            f"query_database with {elsewhere} lists them all"
+            f"too large for one result, no sample rows{''.join(cut)}; query_database with {elsewhere} lists all columns"
         )
         text = json.dumps(result, ensure_ascii=False)
-    if max_output and len(text) > max_output:
-        raise QueryError(f"the description does not fit into {max_output} characters; query {elsewhere} instead")
     return text
 
 
@@ -598,7 +606,7 @@ def create_statement(connection: sqlite3.Connection, *, schema: str, table: str,
         " ORDER BY name <> tbl_name, rowid",
         (table,),
     )
-    return fit("\n".join(f"{row[0]};" for row in rows), max_output)
+    return fit("\n".join(f"{row[0]};" for row in rows), max_output, "query substr(sql, start, length) of sqlite_master")
 
 
 def all_tables(connection: sqlite3.Connection) -> Answer:
@@ -623,31 +631,41 @@ def nearest(connection: sqlite3.Connection, kind: str, name: str, sql: str) -> s
     by_lower = {candidate.lower(): candidate for candidate in reversed(names)}  # of equal ones, the first
     close = difflib.get_close_matches(name.strip("\"'`[]").lower()[:100], by_lower, 3, 0.6)
     if close:
-        return f"; did you mean {' or '.join(by_lower[match] for match in close)}?"
+        return f"; did you mean {' or '.join(names[by_lower[match]] for match in close)}?"
     if kind == "table":
-        return f"; the tables are {', '.join(names[:20])}" if names else "; the database has no tables"
+        return f"; the tables are {some(list(names.values()))}" if names else "; the database has no tables"
     return "; describe_table shows the columns" if kind == "column" else f"; SQLite {sqlite3.sqlite_version} has none"
 
 
-def _table_names(connection: sqlite3.Connection, _: str = "") -> list[str]:
+def some(names: Sequence[str]) -> str:
+    """The first of the names, and how many more there are."""
+    more = f" and {len(names) - MAX_SHOWN} more (list_tables shows them)" if len(names) > MAX_SHOWN else ""
+    return ", ".join(names[:MAX_SHOWN]) + more
+
+
+def _table_names(connection: sqlite3.Connection, _: str = "") -> dict[str, str]:
+    names: dict[str, str] = {}
     found = connection.execute(
-        "SELECT name FROM pragma_table_list WHERE type <> 'shadow' AND name NOT LIKE 'sqlite^_%' ESCAPE '^'"
+        "SELECT schema, name FROM pragma_table_list WHERE type <> 'shadow' AND name NOT LIKE 'sqlite^_%' ESCAPE '^'"
+        " ORDER BY schema <> 'main', schema, name"
     )
-    return list(dict.fromkeys(row[0] for row in found.fetchmany(MAX_NAMES)))
+    for schema, name in found.fetchmany(MAX_NAMES):  # describe_table finds those outside of `main` by their full names
+        names.setdefault(name, name if schema == "main" else f"{schema}.{name}")
+    return names
 
 
-def _column_names(connection: sqlite3.Connection, sql: str) -> list[str]:
+def _column_names(connection: sqlite3.Connection, sql: str) -> dict[str, str]:
     """Columns of the tables that the statement names come first."""
-    names: dict[str, None] = {}
+    names: dict[str, str] = {}
     for table in sorted(_table_names(connection), key=lambda table: table.lower() not in sql.lower()):
         if len(names) < MAX_NAMES:
             with suppress(sqlite3.Error):  # a view of a table that is gone
-                names |= dict.fromkeys(row[1] for row in connection.execute(f"PRAGMA table_xinfo({quoted(table)})"))
-    return list(names)
+                names |= {row[1]: row[1] for row in connection.execute(f"PRAGMA table_xinfo({quoted(table)})")}
+    return names
 
 
-def _function_names(connection: sqlite3.Connection, _: str) -> list[str]:
-    return [row[0] for row in connection.execute("SELECT DISTINCT name FROM pragma_function_list")]
+def _function_names(connection: sqlite3.Connection, _: str) -> dict[str, str]:
+    return dict(connection.execute("SELECT DISTINCT name, name FROM pragma_function_list"))
 
 
 NAMES = {"table": _table_names, "column": _column_names, "function": _function_names}
@@ -856,6 +874,7 @@ POSTGRES = ("postgresql://", "postgres://")
 POOL_SIZE = 4  # statements that run at once: a slow one does not hold up a fast one
 PROGRAM = os.path.abspath(__file__)
 RECYCLE = 3600.0  # seconds until a worker is replaced: nothing that a query leaves behind outlives it
+NOT_STARTED = "the process that runs SQL did not start, the server's log may say why; try again in a moment"
 START_TIME = 10.0  # seconds for a worker to start, on a busy machine; 0.06 are usual
 
 
@@ -911,7 +930,10 @@ class Worker:
         """Start a process; it opens its files while we do other things."""
         program = [sys.executable, "-W", "ignore", PROGRAM, WORKER]
         pipe = asyncio.subprocess.PIPE
-        worker = cls(await asyncio.create_subprocess_exec(*program, stdin=pipe, stdout=pipe))
+        try:
+            worker = cls(await asyncio.create_subprocess_exec(*program, stdin=pipe, stdout=pipe))
+        except OSError:  # no process or descriptor is left
+            raise ToolError(NOT_STARTED) from None
         worker.stdin.write(frame(json.dumps(config).encode()))
         return worker
 
@@ -923,7 +945,10 @@ class Worker:
     async def ask(self, request: bytes, seconds: float) -> bytes:
         """Send a request and return the answer; the first one waits for the worker's greeting."""
         if not self.greeted:
-            error = json.loads(await self.read(START_TIME)).get("error")
+            try:
+                error = json.loads(await self.read(START_TIME)).get("error")
+            except (TimeoutError, EOFError):
+                raise ToolError(NOT_STARTED) from None
             if error:
                 raise ToolError(error)
             self.greeted = True
@@ -1128,9 +1153,10 @@ def open_backend(files: Sequence[str | Path], timeout: float, allow_superuser: b
     if not 1 <= len(files) <= MAX_FILES:
         raise ConfigError(f"{len(files)} files are named; SQLite serves at least 1 and at most {MAX_FILES} together")
     paths = [check_file(file) for file in files]
-    schemas = name_schemas(paths)
-    named = zip(files, schemas[-len(files) :], strict=True)
-    return Pool(paths, schemas, timeout), ", ".join(f"{Path(file).name} as {schema}" for file, (schema, _) in named)
+    names = [Path(file).name for file in files]
+    schemas = name_schemas(names, paths)
+    served = ", ".join(f"{name} as {schema}" for name, (schema, _) in zip(names, schemas[-len(names) :], strict=True))
+    return Pool(paths, schemas, timeout), served.encode("utf-8", "backslashreplace").decode()  # a name can be any bytes
 
 
 def build_server(
@@ -1231,14 +1257,14 @@ def check_file(file: str | Path) -> Path:
     return path
 
 
-def name_schemas(paths: Sequence[Path]) -> list[tuple[str, str]]:
-    """Schema names and URIs: the first file is main; several files also go by their own names."""
+def name_schemas(names: Sequence[str], paths: Sequence[Path]) -> list[tuple[str, str]]:
+    """Schema names and URIs: the first file is main; several files also go by their names on the command line."""
     # as_uri escapes ?, # and %: in a URI put together by hand they would open another file.
     uris = [f"{path.as_uri()}?mode=ro" for path in paths]
     schemas = [("main", uris[0])]
     taken = {"main", "temp"}
-    for path, uri in zip(paths, uris, strict=True) if len(paths) > 1 else ():
-        stem = re.sub(r"\W", "_", path.stem) or "db"
+    for file, uri in zip(names, uris, strict=True) if len(names) > 1 else ():
+        stem = re.sub(r"\W", "_", Path(file).stem) or "db"
         number = 1
         name = stem
         while name.lower() in taken:
