@@ -75,7 +75,6 @@ LOST = (  # the connection, not the statement, has failed: everything here only 
     asyncpg.CrashShutdownError,
     asyncpg.CannotConnectNowError,
     asyncpg.InternalClientError,  # what asyncpg says if the connection ended in the middle of a message
-    asyncpg.InvalidCachedStatementError,  # a table has changed since this connection compiled the same statement
 )
 NOT_YET = (*LOST, OSError, TimeoutError, asyncpg.TooManyConnectionsError)  # worth another try when connecting
 
@@ -260,16 +259,30 @@ def cells(record: Any, readers: Sequence[Reader], width: int) -> tuple[Any, ...]
     return tuple(row)
 
 
+async def prepare(connection: Any, sql: str) -> Any:
+    """A statement as PostgreSQL has compiled it. Without a name, because asyncpg keeps those with one, and
+    pg_prepared_statements would show them to other callers. Raises QueryError."""
+    try:
+        return await connection.prepare(sql, name="")
+    except asyncpg.InternalClientError as exc:  # anyarray in pg_stats, or a record that holds it
+        if not re.search("types|codec", str(exc)):
+            raise
+        raise QueryError(
+            "a column has the type anyarray, which has no values; cast it to text, name the others"
+        ) from None
+
+
 async def fetch(
     connection: Any, sql: str, values: Sequence[Any], readers: Sequence[Reader], width: int, limit: int, room: int
 ) -> list[tuple[Any, ...]]:
     """Rows of a wrapped statement: at most `limit`, and no more than are needed to fill `room` characters."""
     weight = sum(width if long else 40 for _, _, long in readers)
     chunk = max(1, min(limit, MAX_CHUNK, CHUNK // weight))
+    statement = await prepare(connection, sql)
     if limit <= chunk:
-        return [cells(record, readers, width) for record in await connection.fetch(sql, *values)]
+        return [cells(record, readers, width) for record in await statement.fetch(*values)]
     rows: list[tuple[Any, ...]] = []
-    cursor = await connection.cursor(sql, *values)
+    cursor = await statement.cursor(*values)
     while len(rows) < limit and room > 0:
         found = await cursor.fetch(min(chunk, limit - len(rows)))
         if not found:
@@ -355,18 +368,6 @@ def typed(sql: str, values: Sequence[Any], kinds: Sequence[Any]) -> tuple[str, l
 # ------------------------------------------------------------------------------------------------------- queries
 
 
-async def prepare(connection: Any, sql: str) -> Any:
-    """A statement as PostgreSQL has compiled it. Raises QueryError."""
-    try:
-        return await connection.prepare(sql, name="")
-    except asyncpg.InternalClientError as exc:  # anyarray in pg_stats, or a record that holds it
-        if not re.search("types|codec", str(exc)):
-            raise
-        raise QueryError(
-            "a column has the type anyarray, which has no values; cast it to text, name the others"
-        ) from None
-
-
 async def compile_reading(connection: Any, sql: str, params: Any) -> tuple[str, list[str | None], Sequence[Any]]:
     """What PostgreSQL makes of the model's statement, without running it: the statement with its parameters as texts,
     these, and the columns. Raises QueryError."""
@@ -376,7 +377,12 @@ async def compile_reading(connection: Any, sql: str, params: Any) -> tuple[str, 
     # asyncpg would fail half way through a message, and the connection with it.
     if has_surrogate(sql) or has_surrogate(json.dumps(values, ensure_ascii=False)):
         raise QueryError("the statement or a parameter holds half of a surrogate pair; send valid text")
-    statement = await prepare(connection, sql)
+    try:
+        statement = await prepare(connection, sql)
+    except asyncpg.PostgresSyntaxError as exc:
+        if values and "$1" not in sql:
+            raise QueryError(f"{exc.message}; placeholders are $1, $2 ... with a list, :name with an object") from None
+        raise
     if not statement.get_attributes():
         raise QueryError(ONLY_READS)
     return *typed(sql, values, statement.get_parameters()), statement.get_attributes()
@@ -393,9 +399,10 @@ async def run_query(connection: Any, *, sql: str, params: Any, limit: int, offse
         )
     if offset and not rows:
         counted = f"SELECT count(*)::text FROM (SELECT FROM (\n{sql}\n) AS q LIMIT {offset}) AS q"
-        total = await connection.fetchval(counted, *values)
+        total = await (await prepare(connection, counted)).fetchval(*values)
         raise QueryError(f"offset={offset} is past the end: the query has {total} rows; use a smaller offset")
-    return read_rows([column.name for column in columns], rows, limit, offset, max_output)
+    names = [column.name for column in columns]
+    return read_rows(names, rows, limit, offset, max_output, text="column::text")
 
 
 async def explain(connection: Any, *, sql: str, params: Any, max_output: int) -> Answer:
@@ -404,7 +411,7 @@ async def explain(connection: Any, *, sql: str, params: Any, max_output: int) ->
         raise QueryError("the statement begins with EXPLAIN; pass it without")
     sql, values, _ = await compile_reading(connection, sql, params)
     with only_reading():  # in brackets: EXPLAIN of `ANALYZE DELETE ...` would run it
-        plan = await connection.fetch(f"EXPLAIN SELECT * FROM (\n{sql}\n) AS q", *values)
+        plan = await (await prepare(connection, f"EXPLAIN SELECT * FROM (\n{sql}\n) AS q")).fetch(*values)
     return fit("\n".join(line[0] for line in plan), max_output, "explain a part of the statement")
 
 
@@ -730,7 +737,8 @@ class PostgresPool:
     async def _warm(self) -> None:
         with suppress(ConfigError, *NOT_YET):
             while len(self.opened) < MIN_POOL:
-                self.idle.append(await self.connect())
+                async with self.slots:  # without a place of its own, it could be one connection too many
+                    self.idle.append(await self.connect())
 
     @asynccontextmanager
     async def running(self, _: object = None) -> AsyncGenerator[None]:

@@ -290,7 +290,12 @@ def squeeze(row: tuple[Any, ...], room: int) -> tuple[Any, ...]:
 
 
 def read_rows(
-    names: Iterable[str], rows: Iterable[tuple[Any, ...]], limit: int, offset: int, max_output: int
+    names: Iterable[str],
+    rows: Iterable[tuple[Any, ...]],
+    limit: int,
+    offset: int,
+    max_output: int,
+    text: str = "column",
 ) -> Answer:
     """The rows, of which the first is number `offset`, as far as `limit` and `max_output` allow; one more is fetched to
     know if there is."""
@@ -318,10 +323,10 @@ def read_rows(
         lines.append(line)
     facts = [f"rows {offset + 1}-{offset + len(lines)} shown"] if more else []
     if cut:
-        facts.append(f"{cut} cells cut, substr(column, start, length) reads on in one")
+        facts.append(f"{cut} cells cut, substr({text}, start, length) reads on in one")
     body = "\n" + ",\n".join(lines) + "\n" if lines else ""
-    text = f'{header}{body}], "row_count": {len(lines)}, "truncated": {"true" if more else "false"}}}'
-    return Answer(text, facts, {"offset": offset + len(lines)} if more else {})
+    result = f'{header}{body}], "row_count": {len(lines)}, "truncated": {"true" if more else "false"}}}'
+    return Answer(result, facts, {"offset": offset + len(lines)} if more else {})
 
 
 # ------------------------------------------------------------------------------------------------------- queries
@@ -1112,7 +1117,7 @@ class TableDescription(BaseModel):
 
 Params = list[Any] | dict[str, Any] | None
 TABLE = Annotated[str, Field(description="Name of a table or view", max_length=1000)]
-OFFSET = Annotated[int, Field(description="Skip so many: what a cut result said", ge=0, strict=True)]
+OFFSET = Annotated[int, Field(description="Skip so many: what a cut result said", ge=0, le=SAFE_INTEGER, strict=True)]
 NAME = ResourceSecurity(exempt_params={"schema", "table"})  # names of tables, whatever they look like, are no paths
 
 

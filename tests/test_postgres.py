@@ -369,6 +369,17 @@ async def test_the_seed_of_random_does_not_outlive_a_call(client: Client) -> Non
     assert await rows(client, "SELECT random()") != first
 
 
+async def test_no_statement_can_be_read_by_the_next_caller(client: Client) -> None:
+    for _ in range(2):
+        await ok(client, "query_database", query="SELECT 'sesame', $1::text", params=["sesame"])
+        await ok(client, "explain_query", query="SELECT 'sesame'")
+        await refused(client, "query_database", query="SELECT 'sesame'", offset=5)
+        await ok(client, "query_database", query="SELECT 'sesame', n FROM numbers", limit=1000)
+    for view in ("pg_prepared_statements", "pg_cursors"):
+        assert "sesame" not in await ok(client, "query_database", query=f"SELECT statement FROM {view}", limit=1000)
+    assert await rows(client, "SELECT query FROM pg_stat_activity WHERE query LIKE '%se' || 'same%'") == []
+
+
 async def test_a_notification_is_never_delivered(client: Client, database: Database) -> None:
     heard: list[object] = []
     async with as_admin(database) as connection:
@@ -539,7 +550,9 @@ async def test_cells_rows_and_results_are_bounded_and_say_so(client: Client) -> 
     text = await ok(client, "query_database", query="SELECT repeat('é', 20000), 1 FROM numbers", limit=500)
     assert len(text) < 40_000
     assert "(cut: 10000 of 20000 characters)" in text
-    assert text.endswith("continue with offset=3]")
+    assert text.endswith(
+        "[rows 1-3 shown; 3 cells cut, substr(column::text, start, length) reads on in one; continue with offset=3]"
+    )
     assert parsed(text)["truncated"] is True
     text = await ok(client, "query_database", query="SELECT n FROM numbers ORDER BY n", limit=3, offset=5)
     assert text.endswith("[rows 6-8 shown; continue with offset=8]")
@@ -547,6 +560,7 @@ async def test_cells_rows_and_results_are_bounded_and_say_so(client: Client) -> 
     assert not parsed(await ok(client, "query_database", query="TABLE orders", limit=3))["truncated"]
     message = await refused(client, "query_database", query="TABLE orders", offset=3)
     assert message == "offset=3 is past the end: the query has 3 rows; use a smaller offset"
+    assert "offset: " in await refused(client, "query_database", query="TABLE orders", offset=2**63)
     wide = ", ".join(["repeat('x', 100000)"] * 100)
     text = await ok(client, "query_database", query=f"SELECT {wide} FROM numbers")
     assert len(text) < 40_000
@@ -734,6 +748,8 @@ async def test_parameters_of_any_type_are_plain_json(client: Client, query: str,
         ("SELECT $1::text", ["\0"], "0x00"),
         ("SELECT $1::text", ["\udfff"], "surrogate"),
         ("SELECT $1::int", [[1]], "invalid input syntax"),
+        ("SELECT ?", [1], "placeholders are $1, $2 ... with a list, :name with an object"),
+        ("SELECT :a", [1], "placeholders are $1, $2 ... with a list, :name with an object"),
         ("SELECT $70000", [1], ""),
         ("SELECT " + "x" * 200_000, [], "at most 100000"),
     ],
