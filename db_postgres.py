@@ -16,11 +16,9 @@ import re
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
-from fnmatch import fnmatchcase
 from itertools import accumulate
 from typing import Any
 
-import anyio
 from common import ConfigError
 from mcp.server.mcpserver.exceptions import ToolError
 
@@ -29,25 +27,28 @@ from db_server import (
     GRACE,
     MAX_CELL,
     MAX_NAME,
-    MAX_PARAMETERS,
     MAX_RESOURCES,
     MAX_RESULT,
-    MAX_SQL,
     RECYCLE,
     RENDER,
     SAFE_INTEGER,
     SAMPLE_CELL,
     SAMPLE_ROWS,
     Answer,
+    Backend,
     Cut,
     Dialect,
     QueryError,
+    did_you_mean,
     finish,
     fit,
+    is_like,
     json_row,
     list_entries,
     quoted,
     read_rows,
+    refuse_too_much,
+    refuse_unused,
     shrink,
     some,
 )
@@ -62,7 +63,7 @@ except ImportError:
 MIN_POOL, MAX_POOL = 2, 10  # connections kept open, and at most
 CONNECT_TIME = 10.0  # seconds to keep trying while the database starts or restarts
 CONNECT_TRY = 5  # seconds for one try
-BACK_OFF = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)  # seconds between the tries; the last one repeats
+FIRST_PAUSE, MAX_PAUSE = 0.05, 1.6  # seconds between the tries; each pause is twice as long as the one before
 CHUNK = 4 * 2**20  # characters fetched at a time, if every cell is as long as it may be
 MAX_CHUNK = 1_000  # rows fetched at a time
 MAX_DEPTH = 100  # brackets of a JSON value that is shown as it is; a client's parser may refuse many more
@@ -206,10 +207,6 @@ def _json(text: str) -> str:
     return Verbatim(LINE_BREAK.sub("", text))
 
 
-def _bool(text: str) -> str:
-    return Verbatim(text)
-
-
 Reader = tuple[str, Callable[[str], str] | None, bool]  # SQL of the text, what reads it, whether it can be long
 AS_TEXT: Reader = ("{}::text", None, True)
 AS_JSON: Reader = ("to_json({})::text", _json, True)
@@ -221,7 +218,7 @@ READERS: dict[int, Reader] = {
     **dict.fromkeys((2249, 2287), AS_JSON),  # records
     **dict.fromkeys((1083, 1266, 1186, 2950), ("{}::text", None, False)),  # times, interval, uuid
     **dict.fromkeys((22, 30, 2277), AS_TEXT),  # vectors of the catalogs, which are arrays without being JSON
-    16: ("{}::text", _bool, False),
+    16: ("{}::text", Verbatim, False),
     17: ("octet_length({})::text", Blob, False),
 }
 
@@ -308,17 +305,13 @@ def positional(sql: str, params: Mapping[str, Any]) -> tuple[str, list[Any]]:
         return f"${order.setdefault(name, len(order) + 1)}" if name in named else found[0]
 
     sql = LITERAL_OR_NAME.sub(number, sql)
-    if unused := ", ".join(sorted(named.keys() - order.keys())):
-        raise QueryError(f"the statement has no placeholder for {unused}; write :name for each, or leave it out")
+    refuse_unused(named.keys() - order.keys())
     return sql, [named[name] for name in order]
 
 
 def bindable(sql: str, params: Sequence[Any] | Mapping[str, Any] | None) -> tuple[str, list[Any]]:
     """A statement with $1, $2 ... and its values."""
-    if len(sql) > MAX_SQL:
-        raise QueryError(f"the statement has {len(sql)} characters, more than {MAX_SQL}; pass long values as params")
-    if len(params or ()) > MAX_PARAMETERS:
-        raise QueryError(f"{len(params or ())} parameters are more than {MAX_PARAMETERS}; pass fewer")
+    refuse_too_much(sql, params)
     return positional(sql, params) if isinstance(params, Mapping) else (sql, list(params or ()))
 
 
@@ -486,29 +479,19 @@ async def find_table(connection: Any, schema: str, table: str) -> tuple[str, int
 
 def nearest(name: str, known: Sequence[tuple[str, str, str]]) -> str:
     """The end of a "no such table" message: the nearest names there are, or what there is."""
-    import difflib
-
-    names: dict[str, list[str]] = {}  # of one name in several schemas, and what each must be called
-    for schema, table, _ in known:
-        names.setdefault(table.lower(), []).append(table if schema == "public" else f"{schema}.{table}")
-    wanted = name.rpartition(".")[2].strip('"').lower()[:100]
-    if close := [full for match in difflib.get_close_matches(wanted, names, 3, 0.6) for full in names[match]]:
-        return f"; did you mean {' or '.join(close[:5])}?"
-    return (
-        f"; the tables are {some([full for same in names.values() for full in same])}"
-        if known
-        else "; the role may read no table"
-    )
+    tables = [(table, table if schema == "public" else f"{schema}.{table}") for schema, table, _ in known]
+    if close := did_you_mean(name.rpartition(".")[2], tables):
+        return close
+    return f"; the tables are {some([full for _, full in tables])}" if known else "; the role may read no table"
 
 
 async def tables(connection: Any, *, schema: str, pattern: str, offset: int, max_output: int) -> Answer:
     """What `list_tables` answers."""
     schema = await find_schema(connection, schema)
-    glob = (pattern or "*").lower().replace("%", "*")
-    found = [row for row in await ask(connection, TABLES, schema) if fnmatchcase(row[0].lower(), glob)]
     entries = [
         {"name": name, "type": kind, "columns": columns} | ({} if rows is None else {"row_estimate": rows})
-        for name, kind, columns, rows in found
+        for name, kind, columns, rows in await ask(connection, TABLES, schema)
+        if is_like(name, pattern)
     ]
     return list_entries(schema, await ask(connection, SCHEMAS), entries, offset, max_output)
 
@@ -637,9 +620,10 @@ OPERATIONS: dict[str, Operation] = {
 }
 
 
-class PostgresPool:
+class PostgresPool(Backend):
     """Up to MAX_POOL connections; each serves one call at a time and goes on only if that ended as it should."""
 
+    size = MAX_POOL
     dialect = Dialect(
         name="PostgreSQL",
         schema="public",
@@ -655,9 +639,7 @@ class PostgresPool:
         self.seconds, self.allow_superuser = seconds, allow_superuser
         self.idle: list[Any] = []
         self.opened: dict[Any, float] = {}  # when each connection was opened
-        self.slots = asyncio.Semaphore(MAX_POOL)
         self.closing: set[asyncio.Task[None]] = set()
-        self.users = 0
         milliseconds = round(seconds * 1000)
         lock = round(min(BUSY_TIME, seconds / 2) * 1000)
         self.begin = BEGIN.format(milliseconds=milliseconds, lock=lock, idle=2 * milliseconds)
@@ -668,7 +650,7 @@ class PostgresPool:
 
     # -- life of a connection
 
-    async def open(self) -> Any:
+    async def connect_once(self) -> Any:
         """A new connection. Raises ConfigError for what another try will not mend."""
         try:
             connection = await asyncpg.connect(
@@ -700,9 +682,10 @@ class PostgresPool:
     async def connect(self) -> Any:
         """A new connection, tried for as long as a database takes to start. Raises ConfigError."""
         deadline = time.monotonic() + CONNECT_TIME
-        for pause in (*BACK_OFF, *[BACK_OFF[-1]] * 100):
+        pause = FIRST_PAUSE
+        while True:
             try:
-                return await self.open()
+                return await self.connect_once()
             except NOT_YET as exc:
                 if time.monotonic() + pause > deadline:
                     full = isinstance(exc, asyncpg.TooManyConnectionsError)
@@ -711,7 +694,7 @@ class PostgresPool:
                         f"PostgreSQL {why} (tried for {CONNECT_TIME:g} s); check that it runs, and the URL"
                     ) from None
             await asyncio.sleep(pause)
-        raise AssertionError
+            pause = min(2 * pause, MAX_PAUSE)
 
     def take(self) -> Any:
         """An idle connection that is open and young, or None."""
@@ -740,20 +723,9 @@ class PostgresPool:
                 async with self.slots:  # without a place of its own, it could be one connection too many
                     self.idle.append(await self.connect())
 
-    @asynccontextmanager
-    async def running(self, _: object = None) -> AsyncGenerator[None]:
-        """The life of a server: the first connections open before they are needed, all close with the last user."""
-        if not self.users:
-            self.slots = asyncio.Semaphore(MAX_POOL)
-            self.warming = asyncio.ensure_future(self._warm())
-        self.users += 1
-        try:
-            yield
-        finally:
-            self.users -= 1
-            if not self.users:
-                with anyio.CancelScope(shield=True):
-                    await self.close()
+    async def open(self) -> None:
+        """Begin to open the first connections before they are needed."""
+        self.warming = asyncio.ensure_future(self._warm())
 
     async def close(self) -> None:
         """Close what is open; statements that were cancelled get the time to end."""
@@ -801,20 +773,14 @@ class PostgresPool:
     async def call(self, function: Callable[..., Answer], **arguments: object) -> str:
         """What an operation answers, with its trailer. Raises ToolError."""
         try:
-            async with asyncio.timeout(self.seconds + 2 * GRACE):  # as long as it takes until a slow one has ended
-                await self.slots.acquire()
-        except TimeoutError:
-            raise ToolError(f"all {MAX_POOL} connections are busy with slow statements; try again later") from None
-        try:
-            return finish(await self.attempt(OPERATIONS[function.__name__], arguments))
+            async with self.slot():
+                return finish(await self.attempt(OPERATIONS[function.__name__], arguments))
         except (QueryError, ConfigError) as exc:
             raise ToolError(" ".join(str(exc).split())[:MAX_NAME]) from None
         except TimeoutError:
             raise ToolError(MESSAGES["57014"].format(seconds=self.seconds)) from None
         except UnicodeDecodeError:
             raise ToolError("the database holds text that is not UTF-8; read that column as convert_to()") from None
-        finally:
-            self.slots.release()
 
     async def attempt(self, operation: Operation, arguments: Mapping[str, object]) -> Answer:
         """Run an operation; again, on a new connection, if the one it had is lost. Raises QueryError."""

@@ -25,9 +25,9 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from itertools import islice
 from typing import Any, NamedTuple, Protocol
 
@@ -186,7 +186,7 @@ def open_read_only(files: Sequence[Sequence[str]]) -> tuple[sqlite3.Connection, 
 # ------------------------------------------------------------------------------------------------- rows as JSON
 
 _encode_text = json.encoder.encode_basestring  # a text in quotes; JSONEncoder.encode takes a detour to it
-_INFINITE = (float("inf"), float("-inf"))
+_INFINITE = {float("inf"): '"Infinity"', float("-inf"): '"-Infinity"'}  # not JSON; SQLite stores NaN as NULL
 _CONTINUATION = bytes(range(0x80, 0xC0))  # what follows the first byte of a UTF-8 character
 
 
@@ -219,30 +219,12 @@ def shorten(value: Any, width: int) -> Any:
     return Cut(value[:width], len(value)) if isinstance(value, str) and len(value) > width else value
 
 
-def _json_integer(value: int) -> str:
-    return str(value) if -SAFE_INTEGER <= value <= SAFE_INTEGER else f'"{value}"'
-
-
-def _json_real(value: float) -> str:
-    if value in _INFINITE:  # not JSON; SQLite stores NaN as NULL
-        return '"Infinity"' if value > 0 else '"-Infinity"'
-    return repr(value)
-
-
-def _json_blob(value: bytes) -> str:
-    return f'"(blob, {len(value)} bytes; hex(column) shows them)"'
-
-
-def _json_cut(value: Cut) -> str:
-    return _encode_text(f"{value.head}… (cut: {len(value.head)} of {value.length} characters)")
-
-
 RENDER: dict[type, Callable[[Any], str]] = {
     str: _encode_text,
-    int: _json_integer,
-    float: _json_real,
-    bytes: _json_blob,
-    Cut: _json_cut,
+    int: lambda value: str(value) if -SAFE_INTEGER <= value <= SAFE_INTEGER else f'"{value}"',
+    float: lambda value: _INFINITE.get(value) or repr(value),
+    bytes: lambda value: f'"(blob, {len(value)} bytes; hex(column) shows them)"',
+    Cut: lambda cut: _encode_text(f"{cut.head}… (cut: {len(cut.head)} of {cut.length} characters)"),
     type(None): lambda _: "null",
 }
 
@@ -332,6 +314,22 @@ def read_rows(
 # ------------------------------------------------------------------------------------------------------- queries
 
 
+def refuse_too_much(sql: str, params: Sequence[Any] | Mapping[str, Any] | None) -> None:
+    """Raise QueryError for a statement that takes too long to parse, or that has too many parameters."""
+    if len(sql) > MAX_SQL:
+        raise QueryError(f"the statement has {len(sql)} characters, more than {MAX_SQL}; pass long values as params")
+    if len(params or ()) > MAX_PARAMETERS:
+        raise QueryError(f"{len(params or ())} parameters are more than {MAX_PARAMETERS}; pass fewer")
+
+
+def refuse_unused(names: Collection[str]) -> None:
+    """Raise QueryError if there are parameters that the statement does not ask for: their names may be misspelt."""
+    if names:
+        raise QueryError(
+            f"the statement has no placeholder for {', '.join(sorted(names))}; write :name for each, or leave it out"
+        )
+
+
 class Named(dict[str, Any]):
     """Parameters by name that remember which of them the statement asked for."""
 
@@ -352,24 +350,18 @@ def bindable(params: Sequence[Any] | Mapping[str, Any] | None) -> Sequence[Any] 
             raise QueryError(f"parameter {key} is a list or an object; pass text, numbers, true, false or null")
         if isinstance(value, int) and not -(2**63) <= value < 2**63:
             raise QueryError(f"parameter {key} is {value}, beyond SQLite's 64-bit integers; pass it as text")
-    if len(params or ()) > MAX_PARAMETERS:
-        raise QueryError(f"{len(params or ())} parameters are more than {MAX_PARAMETERS}; pass fewer")
     return Named(params) if isinstance(params, Mapping) else list(params or ())
 
 
 def execute(connection: sqlite3.Connection, sql: str, params: Any) -> sqlite3.Cursor:
     """Run the model's statement, one that returns rows. Raises QueryError, or what sqlite3 raises."""
+    refuse_too_much(sql, params)
     values = bindable(params)
-    if len(sql) > MAX_SQL:
-        raise QueryError(f"the statement has {len(sql)} characters, more than {MAX_SQL}; pass long values as params")
     cursor = connection.execute(sql.rstrip("; \t\r\n"), values)
     if cursor.description is None:
         raise QueryError("the statement returns no rows; write one that does, such as SELECT, WITH or VALUES")
-    if isinstance(values, Named) and values.unused:
-        names = ", ".join(sorted(values.unused))
-        raise QueryError(
-            f"the statement has no placeholder for {names}; write :name for each parameter, or leave it out"
-        )
+    if isinstance(values, Named):
+        refuse_unused(values.unused)
     return cursor
 
 
@@ -463,11 +455,15 @@ def row_estimates(connection: sqlite3.Connection, schema: str, tables: Iterable[
     return counts
 
 
+def is_like(name: str, pattern: str) -> bool:
+    """Whether a name matches a glob, in any case; also one as SQLite writes it, or with the % of LIKE."""
+    return fnmatchcase(name.lower(), (pattern or "*").lower().replace("%", "*").replace("[^", "[!"))
+
+
 def tables(connection: sqlite3.Connection, *, schema: str, pattern: str, offset: int, max_output: int) -> Answer:
     """What `list_tables` answers: one table a line, in the form of a query's result."""
     schema = find_schema(connection, schema)
-    glob = (pattern or "*").lower().replace("%", "*")
-    found = [row for row in connection.execute(OBJECTS, (schema,)) if _matches(connection, row[0], glob)]
+    found = [row for row in connection.execute(OBJECTS, (schema,)) if is_like(row[0], pattern)]
     estimates = row_estimates(connection, schema, [name for name, kind, _ in found if kind == "table"])
     entries: list[dict[str, Any]] = []
     for name, kind, columns in found:
@@ -501,10 +497,6 @@ def list_entries(
     more = end < len(entries)
     facts = [f"tables {offset + 1}-{end} of {len(entries)} shown"] if more else []
     return Answer(text, facts, {"offset": end} if more else {})
-
-
-def _matches(connection: sqlite3.Connection, name: str, glob: str) -> bool:
-    return bool(connection.execute("SELECT ? GLOB ?", (name.lower(), glob)).fetchone()[0])
 
 
 def describe(connection: sqlite3.Connection, *, schema: str, table: str, seconds: float, max_output: int) -> Answer:
@@ -624,19 +616,27 @@ def all_tables(connection: sqlite3.Connection) -> Answer:
 # -------------------------------------------------------------------------------------------------------- errors
 
 
-def nearest(connection: sqlite3.Connection, kind: str, name: str, sql: str) -> str:
-    """The end of a "no such" message: the nearest names there are, or what there is."""
+def did_you_mean(name: str, known: Iterable[tuple[str, str]]) -> str:
+    """The end of a "no such" message: the nearest of the known names, each with what it must be called; or nothing."""
     import difflib  # only here: a worker starts faster without it
 
+    names: dict[str, list[str]] = {}
+    for candidate, full in known:
+        names.setdefault(candidate.lower(), []).append(full)
+    close = difflib.get_close_matches(name.strip("\"'`[]").lower()[:100], names, 3, 0.6)
+    found = [full for match in close for full in names[match]]
+    return f"; did you mean {' or '.join(found[:5])}?" if found else ""
+
+
+def nearest(connection: sqlite3.Connection, kind: str, name: str, sql: str) -> str:
+    """The end of a "no such" message: the nearest names there are, or what there is."""
     schema, _, name = name.partition(" - should")[0].rpartition(".")  # newer versions of SQLite add a hint of theirs
     schemas = schemas_of(connection)
     if kind == "table" and schema and schema.lower() not in (known.lower() for known in schemas):
         return f"; the schemas are {', '.join(schemas)}"
     names = NAMES[kind](connection, sql)
-    by_lower = {candidate.lower(): candidate for candidate in reversed(names)}  # of equal ones, the first
-    close = difflib.get_close_matches(name.strip("\"'`[]").lower()[:100], by_lower, 3, 0.6)
-    if close:
-        return f"; did you mean {' or '.join(names[by_lower[match]] for match in close)}?"
+    if close := did_you_mean(name, names.items()):
+        return close
     if kind == "table":
         return f"; the tables are {some(list(names.values()))}" if names else "; the database has no tables"
     return "; describe_table shows the columns" if kind == "column" else f"; SQLite {sqlite3.sqlite_version} has none"
@@ -682,10 +682,17 @@ def _is_interrupt(exc: BaseException) -> bool:
     return getattr(exc, "sqlite_errorname", "") == "SQLITE_INTERRUPT"
 
 
+def message_for(exc: BaseException) -> str | None:
+    """What MESSAGES has for an error."""
+    code, text = getattr(exc, "sqlite_errorname", ""), str(exc)
+    return next(
+        (message for start, message in MESSAGES.items() if code.startswith(start) or text.startswith(start)), None
+    )
+
+
 def sentence(connection: sqlite3.Connection, exc: BaseException, sql: str, refused: str, seconds: float) -> str:
     """What the model is told about an error: what is wrong, and what to do."""
     text = str(exc)
-    code = getattr(exc, "sqlite_errorname", "")
     if isinstance(exc, MemoryError):
         return f"the statement needs more than the {MAX_HEAP // 2**20} MB of memory it may use; {LESS_MEMORY}"
     if isinstance(exc, UnicodeDecodeError):
@@ -701,9 +708,8 @@ def sentence(connection: sqlite3.Connection, exc: BaseException, sql: str, refus
     if found := NO_SUCH.search(text):
         with suppress(sqlite3.Error):
             return f"no such {found[1]}: {found[2]}{nearest(connection, found[1], found[2], sql)}"
-    for prefix, message in MESSAGES.items():
-        if code.startswith(prefix) or text.startswith(prefix):
-            return message.format(refused=refused or "it", seconds=seconds)
+    if message := message_for(exc):
+        return message.format(refused=refused or "it", seconds=seconds)
     if not isinstance(exc, sqlite3.Error | sqlite3.Warning):
         traceback.print_exception(exc)  # to the log; to the model it says nothing
         return "the statement failed inside the server, and the reason is in its log; write it in another way"
@@ -842,9 +848,7 @@ async def work() -> None:
     try:
         await reader
     except (sqlite3.Error, MemoryError) as exc:
-        code = getattr(exc, "sqlite_errorname", "")
-        known = [message for prefix, message in MESSAGES.items() if code.startswith(prefix)]
-        send(failure((known or [MESSAGES["SQLITE_CANTOPEN"]])[0]))
+        send(failure(message_for(exc) or MESSAGES["SQLITE_CANTOPEN"]))
         os._exit(1)
     send(b"{}")
     await reader.serve()
@@ -863,7 +867,7 @@ if __name__ == "__main__" and sys.argv[1:] == [WORKER]:
 import argparse
 import stat
 from collections.abc import AsyncGenerator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Annotated
 from urllib.parse import quote
@@ -896,21 +900,57 @@ class Dialect(NamedTuple):
 
 
 class Backend(Protocol):
-    """What the tools need of a database: `Pool` here for SQLite, `PostgresPool` in db_postgres.py."""
+    """A database, as the tools need it: `Pool` here for SQLite, `PostgresPool` in db_postgres.py."""
 
     dialect: Dialect
+    size: int  # calls that run at once
+    seconds: float  # for one statement
+    users: int = 0
+    slots: asyncio.Semaphore
 
     async def check(self) -> None:
         """Raise ConfigError if it cannot be served; called when the server starts."""
         ...
 
-    def running(self, _: object = None) -> AbstractAsyncContextManager[None]:
-        """The life of a server."""
+    async def open(self) -> None:
+        """Prepare for the first call."""
+        ...
+
+    async def close(self) -> None:
+        """End what runs, and wait until it has ended."""
         ...
 
     async def call(self, function: Callable[..., Answer], **arguments: object) -> str:
         """What an operation, named by its function for SQLite, answers. Raises ToolError."""
         ...
+
+    @asynccontextmanager
+    async def running(self, _: object = None) -> AsyncGenerator[None]:
+        """The life of a server, which several clients may use at once: open from the first to the last of them."""
+        self.users += 1
+        try:
+            if self.users == 1:
+                self.slots = asyncio.Semaphore(self.size)
+                await self.open()
+            yield
+        finally:
+            self.users -= 1
+            if not self.users:
+                with anyio.CancelScope(shield=True):
+                    await self.close()
+
+    @asynccontextmanager
+    async def slot(self) -> AsyncGenerator[None]:
+        """A place for one call. Raises ToolError if there is none for as long as a runaway takes to end."""
+        try:
+            async with asyncio.timeout(self.seconds + 2 * GRACE):
+                await self.slots.acquire()
+        except TimeoutError:
+            raise ToolError(f"all {self.size} connections are busy with slow statements; try again later") from None
+        try:
+            yield
+        finally:
+            self.slots.release()
 
 
 def finish(answer: Answer) -> str:
@@ -966,44 +1006,32 @@ class Worker:
             self.process.kill()
 
 
-@dataclass
-class Pool:
+class Pool(Backend):
     """Up to POOL_SIZE workers; each serves one call at a time, and dies with a call that it cannot end."""
 
-    paths: Sequence[Path]
-    files: Sequence[tuple[str, str]]  # schema name and URI
-    seconds: float
-    idle: list[Worker] = field(default_factory=list[Worker])
-    workers: set[Worker] = field(default_factory=set[Worker])
-    slots: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(POOL_SIZE))
-    users: int = 0
-    dialect: Dialect = field(default_factory=Dialect)
+    dialect = Dialect()
+    size = POOL_SIZE
+
+    def __init__(self, paths: Sequence[Path], files: Sequence[tuple[str, str]], seconds: float) -> None:
+        self.paths, self.seconds = paths, seconds
+        self.files = files  # schema name and URI
+        self.idle: list[Worker] = []
+        self.workers: set[Worker] = set()
 
     async def check(self) -> None:
         """Nothing: the files were opened when they were named."""
 
-    @asynccontextmanager
-    async def running(self, _: object = None) -> AsyncGenerator[None]:
-        """The life of a server: the first worker starts before it is needed, all end with the last user."""
-        if not self.users:
-            self.slots = asyncio.Semaphore(POOL_SIZE)
-            self.idle.append(await self.start())
-        self.users += 1
-        try:
-            yield
-        finally:
-            self.users -= 1
-            if not self.users:
-                await self.close()
+    async def open(self) -> None:
+        """Start the first worker before it is needed."""
+        self.idle.append(await self.start())
 
     async def close(self) -> None:
         """Kill all workers and wait until they are gone."""
         workers, self.idle, self.workers = self.workers, [], set()
         for worker in workers:
             worker.kill()
-        with anyio.CancelScope(shield=True):
-            for worker in workers:
-                await worker.process.communicate()
+        for worker in workers:
+            await worker.process.communicate()
 
     async def start(self) -> Worker:
         """A new worker."""
@@ -1022,12 +1050,7 @@ class Pool:
     @asynccontextmanager
     async def worker(self) -> AsyncGenerator[Worker]:
         """A worker for one call. If the call does not end as it should, the worker does."""
-        try:
-            async with asyncio.timeout(self.seconds + 2 * GRACE):  # as long as it takes until a runaway has ended
-                await self.slots.acquire()
-        except TimeoutError:
-            raise ToolError(f"all {POOL_SIZE} connections are busy with slow statements; try again later") from None
-        try:
+        async with self.slot():
             worker = self.take() or await self.start()
             try:
                 yield worker
@@ -1035,8 +1058,6 @@ class Pool:
                 worker.kill()
                 raise
             self.idle.append(worker)
-        finally:
-            self.slots.release()
 
     def take(self) -> Worker | None:
         """An idle worker that is alive, young, and has the right files open."""
@@ -1257,8 +1278,7 @@ def check_file(file: str | Path) -> Path:
     except sqlite3.Error as exc:
         code = exc.sqlite_errorname
         if not code.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):  # locked just now is no reason not to start
-            message = next((text for prefix, text in MESSAGES.items() if code.startswith(prefix)), code)
-            raise ConfigError(f"{file} cannot be served: {message}") from None
+            raise ConfigError(f"{file} cannot be served: {message_for(exc) or code}") from None
     return path
 
 
