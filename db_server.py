@@ -28,7 +28,8 @@ import traceback
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from fnmatch import fnmatchcase
-from itertools import islice
+from itertools import groupby, islice
+from operator import itemgetter
 from typing import Any, NamedTuple, Protocol
 
 import aiosqlite
@@ -185,6 +186,7 @@ def open_read_only(files: Sequence[Sequence[str]]) -> tuple[sqlite3.Connection, 
 
 # ------------------------------------------------------------------------------------------------- rows as JSON
 
+Row = tuple[Any, ...]
 _encode_text = json.encoder.encode_basestring  # a text in quotes; JSONEncoder.encode takes a detour to it
 _INFINITE = {float("inf"): '"Infinity"', float("-inf"): '"-Infinity"'}  # not JSON; SQLite stores NaN as NULL
 _CONTINUATION = bytes(range(0x80, 0xC0))  # what follows the first byte of a UTF-8 character
@@ -229,7 +231,7 @@ RENDER: dict[type, Callable[[Any], str]] = {
 }
 
 
-def json_row(row: Iterable[Any]) -> str:
+def json_row(row: Row) -> str:
     """One row as a JSON list."""
     return "[" + ",".join([RENDER[type(value)](value) for value in row]) + "]"
 
@@ -246,7 +248,7 @@ def is_plain(column: Sequence[Any]) -> bool:
     return kinds <= PLAIN
 
 
-def json_rows(rows: Iterable[tuple[Any, ...]], room: int) -> Iterator[tuple[tuple[Any, ...], str]]:
+def json_rows(rows: Iterable[Row], room: int) -> Iterator[tuple[Row, str]]:
     """Each row, and the same as a JSON list. Rows are looked at by the column, and plain ones are encoded by pydantic's
     Rust: both are several times as fast as Python is with one cell after the other."""
     rows, size = iter(rows), 1
@@ -260,7 +262,7 @@ def json_rows(rows: Iterable[tuple[Any, ...]], room: int) -> Iterator[tuple[tupl
         size = max(1, min(2 * size, BATCH, room // len(line)))
 
 
-def squeeze(row: tuple[Any, ...], room: int) -> tuple[Any, ...]:
+def squeeze(row: Row, room: int) -> Row:
     """A row that does not fit, with its texts cut until it does: each cell gets its share."""
     for divisor in (2, 8, 32):  # the share is in characters; escaped, one can take six
         shorter = tuple(shorten(value, room // (divisor * len(row))) for value in row)
@@ -272,12 +274,7 @@ def squeeze(row: tuple[Any, ...], room: int) -> tuple[Any, ...]:
 
 
 def read_rows(
-    names: Iterable[str],
-    rows: Iterable[tuple[Any, ...]],
-    limit: int,
-    offset: int,
-    max_output: int,
-    text: str = "column",
+    names: Iterable[str], rows: Iterable[Row], limit: int, offset: int, max_output: int, text: str = "column"
 ) -> Answer:
     """The rows, of which the first is number `offset`, as far as `limit` and `max_output` allow; one more is fetched to
     know if there is."""
@@ -410,6 +407,9 @@ def fit(text: str, max_output: int, rest: str) -> Answer:
 
 OBJECTS = """SELECT name, type, ncol FROM pragma_table_list
  WHERE schema = ? AND type <> 'shadow' AND name NOT LIKE 'sqlite\\_%' ESCAPE '\\' ORDER BY name"""
+INDEX_COLUMNS = "SELECT name FROM pragma_index_info(?, ?)"
+FOREIGN_KEYS = """SELECT id, "from", "to", "table", on_update, on_delete FROM pragma_foreign_key_list(?, ?)
+ ORDER BY id, seq"""
 
 
 def schemas_of(connection: sqlite3.Connection) -> list[str]:
@@ -465,14 +465,12 @@ def tables(connection: sqlite3.Connection, *, schema: str, pattern: str, offset:
     schema = find_schema(connection, schema)
     found = [row for row in connection.execute(OBJECTS, (schema,)) if is_like(row[0], pattern)]
     estimates = row_estimates(connection, schema, [name for name, kind, _ in found if kind == "table"])
-    entries: list[dict[str, Any]] = []
-    for name, kind, columns in found:
-        entry: dict[str, Any] = {"name": name[:MAX_NAME], "type": kind}
-        if kind != "virtual":  # what SQLite counts there includes hidden columns
-            entry["columns"] = columns
-        if name in estimates:
-            entry["row_estimate"] = estimates[name]
-        entries.append(entry)
+    entries = [
+        {"name": name[:MAX_NAME], "type": kind}
+        | ({} if kind == "virtual" else {"columns": columns})  # what SQLite counts there includes hidden columns
+        | ({"row_estimate": estimates[name]} if name in estimates else {})
+        for name, kind, columns in found
+    ]
     return list_entries(schema, schemas_of(connection), entries, offset, max_output)
 
 
@@ -485,11 +483,11 @@ def list_entries(
     lines: list[str] = []
     used = 0
     for entry in entries[offset:]:
-        lines.append(json.dumps(entry, ensure_ascii=False))
-        used += len(lines[-1]) + 2
-        if max_output and used > max_output - 500 and len(lines) > 1:
-            lines.pop()
+        line = json.dumps(entry, ensure_ascii=False)
+        used += len(line) + 2
+        if lines and max_output and used > max_output - 500:
             break
+        lines.append(line)
     end = offset + len(lines)
     head = {"schema": schema, "schemas": schemas}
     body = "\n" + ",\n".join(lines) + "\n" if lines else ""
@@ -518,46 +516,38 @@ def describe(connection: sqlite3.Connection, *, schema: str, table: str, seconds
         }
         for name, declared, notnull, default, _, hidden in info
     ]
-    result: dict[str, Any] = {"table": table, "schema": schema, "type": kind, "columns": columns, "primary_key": keys}
-    result["indexes"] = [
+    found = connection.execute(
+        'SELECT name, "unique", partial FROM pragma_index_list(?, ?)', (table, schema)
+    ).fetchall()
+    indexes = [
         {
             "name": name,
-            "columns": _index_columns(connection, schema, name),
+            "columns": [row[0] or "(expression)" for row in connection.execute(INDEX_COLUMNS, (name, schema))],
             "unique": bool(unique),
-            "partial": bool(part),
+            "partial": bool(partial),
         }
-        for name, unique, part in connection.execute(
-            'SELECT name, "unique", partial FROM pragma_index_list(?, ?)', (table, schema)
-        ).fetchall()
+        for name, unique, partial in found
     ]
-    result["foreign_keys"] = foreign_keys(connection, schema, table)
+    result: dict[str, Any] = {"table": table, "schema": schema, "type": kind, "columns": columns, "primary_key": keys}
+    result |= {"indexes": indexes, "foreign_keys": foreign_keys(connection, schema, table)}
     result["sample_rows"], result["note"] = sample(connection, schema, table, seconds)
     return Answer(shrink(result, max_output))
 
 
-def _index_columns(connection: sqlite3.Connection, schema: str, index: str) -> list[str]:
-    rows = connection.execute("SELECT name FROM pragma_index_info(?, ?)", (index, schema))
-    return [row[0] or "(expression)" for row in rows]
-
-
 def foreign_keys(connection: sqlite3.Connection, schema: str, table: str) -> list[dict[str, Any]]:
     """The foreign keys of a table, one entry a key however many columns it has."""
-    found: dict[int, dict[str, Any]] = {}
-    for number, parent, column, to, on_update, on_delete in connection.execute(
-        'SELECT id, "table", "from", "to", on_update, on_delete FROM pragma_foreign_key_list(?, ?) ORDER BY id, seq',
-        (table, schema),
-    ):
-        key: dict[str, Any] = {
-            "columns": [],
-            "table": parent,
-            "references": [],
-            "on_update": on_update,
-            "on_delete": on_delete,
+    rows = connection.execute(FOREIGN_KEYS, (table, schema)).fetchall()
+    keys = [list(key) for _, key in groupby(rows, itemgetter(0))]
+    return [
+        {
+            "columns": [column for _, column, *_ in key],
+            "table": key[0][3],
+            "references": [to for _, _, to, *_ in key if to is not None],  # NULL: the parent's primary key
+            "on_update": key[0][4],
+            "on_delete": key[0][5],
         }
-        found.setdefault(number, key)["columns"].append(column)
-        if to is not None:  # NULL: the parent's primary key
-            found[number]["references"].append(to)
-    return list(found.values())
+        for key in keys
+    ]
 
 
 def sample(connection: sqlite3.Connection, schema: str, table: str, seconds: float) -> tuple[list[Any], str]:
@@ -909,16 +899,13 @@ class Backend(Protocol):
     slots: asyncio.Semaphore
 
     async def check(self) -> None:
-        """Raise ConfigError if it cannot be served; called when the server starts."""
-        ...
+        """Raise ConfigError if it cannot be served; called when the server starts. Files are looked at before that."""
 
     async def open(self) -> None:
         """Prepare for the first call."""
-        ...
 
     async def close(self) -> None:
         """End what runs, and wait until it has ended."""
-        ...
 
     async def call(self, function: Callable[..., Answer], **arguments: object) -> str:
         """What an operation, named by its function for SQLite, answers. Raises ToolError."""
@@ -1017,9 +1004,6 @@ class Pool(Backend):
         self.files = files  # schema name and URI
         self.idle: list[Worker] = []
         self.workers: set[Worker] = set()
-
-    async def check(self) -> None:
-        """Nothing: the files were opened when they were named."""
 
     async def open(self) -> None:
         """Start the first worker before it is needed."""
@@ -1137,7 +1121,7 @@ class TableDescription(BaseModel):
 
 
 Params = list[Any] | dict[str, Any] | None
-TABLE = Annotated[str, Field(description="Name of a table or view", max_length=1000)]
+TABLE = Annotated[str, Field(description="Name of a table or view, or schema.name", max_length=1000)]
 OFFSET = Annotated[int, Field(description="Skip so many: what a cut result said", ge=0, le=SAFE_INTEGER, strict=True)]
 NAME = ResourceSecurity(exempt_params={"schema", "table"})  # names of tables, whatever they look like, are no paths
 
