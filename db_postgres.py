@@ -646,7 +646,9 @@ class PostgresPool(Backend):
 
     async def check(self) -> None:
         """Connect once; called when the server starts, to say what is wrong before a client waits for it."""
-        await (await self.connect()).close(timeout=GRACE)
+        connection = await self.connect()
+        self.opened.pop(connection)  # it is no part of the pool; a probe may come every second
+        await connection.close(timeout=GRACE)
 
     # -- life of a connection
 

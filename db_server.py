@@ -558,7 +558,8 @@ def sample(connection: sqlite3.Connection, schema: str, table: str, seconds: flo
     try:
         rows = connection.execute(statement).fetchall()
     except (sqlite3.Error, MemoryError) as exc:
-        reason = f"took longer than {seconds:g} s" if _is_interrupt(exc) else "cannot be read, a value may be too large"
+        slow = getattr(exc, "sqlite_errorname", "") == "SQLITE_INTERRUPT"
+        reason = f"took longer than {seconds:g} s" if slow else "cannot be read, a value may be too large"
         return [], f"no sample rows: they {reason}; query single columns"
     return [json.loads(json_row(row)) for row in rows], ""
 
@@ -659,22 +660,18 @@ def _column_names(connection: sqlite3.Connection, sql: str) -> dict[str, str]:
     return names
 
 
-def _function_names(connection: sqlite3.Connection, _: str) -> dict[str, str]:
-    return dict(connection.execute("SELECT DISTINCT name, name FROM pragma_function_list"))
-
-
-NAMES = {"table": _table_names, "column": _column_names, "function": _function_names}
+NAMES: dict[str, Callable[[sqlite3.Connection, str], dict[str, str]]] = {
+    "table": _table_names,
+    "column": _column_names,
+    "function": lambda connection, _: dict(connection.execute("SELECT DISTINCT name, name FROM pragma_function_list")),
+}
 BINDINGS = re.compile(r"current statement uses (\d+), and there are (\d+) supplied")
 NO_SUCH = re.compile(r"no such (table|column|function): (.+)", re.DOTALL)
 
 
-def _is_interrupt(exc: BaseException) -> bool:
-    return getattr(exc, "sqlite_errorname", "") == "SQLITE_INTERRUPT"
-
-
 def message_for(exc: BaseException) -> str | None:
     """What MESSAGES has for an error."""
-    code, text = getattr(exc, "sqlite_errorname", ""), str(exc)
+    code, text = getattr(exc, "sqlite_errorname", "SQLITE_NOMEM" if isinstance(exc, MemoryError) else ""), str(exc)
     return next(
         (message for start, message in MESSAGES.items() if code.startswith(start) or text.startswith(start)), None
     )
@@ -683,8 +680,6 @@ def message_for(exc: BaseException) -> str | None:
 def sentence(connection: sqlite3.Connection, exc: BaseException, sql: str, refused: str, seconds: float) -> str:
     """What the model is told about an error: what is wrong, and what to do."""
     text = str(exc)
-    if isinstance(exc, MemoryError):
-        return f"the statement needs more than the {MAX_HEAP // 2**20} MB of memory it may use; {LESS_MEMORY}"
     if isinstance(exc, UnicodeDecodeError):
         return "a column's name is not UTF-8; name the columns and give them aliases with AS"
     if isinstance(exc, UnicodeEncodeError):
@@ -708,7 +703,6 @@ def sentence(connection: sqlite3.Connection, exc: BaseException, sql: str, refus
     return f"{text.rstrip('.')}; correct the statement (SQLite {sqlite3.sqlite_version})"
 
 
-LESS_MEMORY = "sort or group fewer rows, name fewer columns, and of huge values read only length()"
 WAL_DIRECTORY = (  # readers of a WAL database announce themselves in a file beside it
     "the database is in WAL mode and its directory cannot be written to; make it writable, or serve a copy on which"
     " PRAGMA journal_mode = DELETE was run"
@@ -720,7 +714,8 @@ MESSAGES = {  # the beginning of SQLite's name for the error, or of its text
     "SQLITE_INTERRUPT": "the statement was stopped at the limit of {seconds:g} s; read fewer rows with WHERE or an"
     " index (explain_query shows the plan), or aggregate less",
     "SQLITE_TOOBIG": "a value or the statement is larger than SQLite's limit; leave the column out, or pass less",
-    "SQLITE_NOMEM": f"the statement needs more memory than it may use; {LESS_MEMORY}",
+    "SQLITE_NOMEM": f"the statement needs more than the {MAX_HEAP // 2**20} MB of memory it may use; sort or group"
+    " fewer rows, name fewer columns, and of huge values read only length()",
     "SQLITE_BUSY": "another program has locked the database; try again in a moment",
     "SQLITE_LOCKED": "another program has locked the database; try again in a moment",
     "SQLITE_NOTADB": "the file is not an SQLite database, or is encrypted; start the server with another file",

@@ -1042,6 +1042,20 @@ async def test_a_server_closes_its_connections_and_can_be_used_again(database: D
             await anyio.sleep(0.02)
 
 
+async def test_a_look_at_the_database_leaves_no_connection_behind(database: Database) -> None:
+    pool = build_server([database.url("reader")]).pool
+    assert isinstance(pool, db_postgres.PostgresPool)
+    for _ in range(3):
+        await pool.check()
+    assert pool.opened == {}
+    async with as_admin(database) as connection, pool.running():
+        deadline = time.monotonic() + 5
+        ours = "SELECT count(*) FROM pg_stat_activity WHERE usename = 'reader'"
+        while await connection.fetchval(ours) != db_postgres.MIN_POOL:
+            assert time.monotonic() < deadline
+            await anyio.sleep(0.02)
+
+
 # -------------------------------------------------------------------------------------------------------- secrets
 
 
