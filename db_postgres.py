@@ -803,8 +803,7 @@ class PostgresPool(Backend):
                 name = re.search(r'"(.*)"', exc.message)
                 if name is None:
                     raise QueryError(sentence(exc, self.seconds, version)) from None
-                async with self.transaction() as connection:
-                    known = await ask(connection, ALL_TABLES)
+                known = json.loads((await self.attempt(all_tables, {})).text)
                 raise QueryError(f"no such table: {name[1]}{nearest(name[1], known)}") from None
             except SQLSTATE as exc:
                 raise QueryError(sentence(exc, self.seconds, version)) from None
