@@ -1191,8 +1191,8 @@ def build_server(
         structured_output=False,
         description=f"Run one SQL statement that reads ({dialect.reads}) and return JSON: columns, rows, row_count,"
         f" truncated. A cut result ends with a line that says how to continue. {dialect.values}, blobs as their size,"
-        " cells over 10,000 characters cut, with their length. A statement is stopped after some seconds"
-        " (5 by default): filter and aggregate in SQL.",
+        f" cells over 10,000 characters cut, with their length. A statement is stopped after {timeout:g} s: filter and"
+        " aggregate in SQL.",
     )
     async def query_database(
         query: Annotated[str, sql],

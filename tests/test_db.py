@@ -970,6 +970,7 @@ async def test_the_tool_list_is_small_and_says_that_nothing_is_written(client: C
     assert all(tool.annotations and tool.annotations.read_only_hint for tool in tools)
     dumped = [tool.model_dump(mode="json", by_alias=True, exclude_none=True) for tool in tools]
     assert len(json.dumps(dumped, separators=(",", ":"))) < 4_500
+    assert "is stopped after 5 s" in (tools[0].description or "")
     for tool in tools:
         assert all(schema.get("description") for schema in tool.input_schema["properties"].values())
 
