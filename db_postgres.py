@@ -16,10 +16,9 @@ import re
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
-from fnmatch import fnmatchcase
+from itertools import accumulate
 from typing import Any
 
-import anyio
 from common import ConfigError
 from mcp.server.mcpserver.exceptions import ToolError
 
@@ -28,26 +27,30 @@ from db_server import (
     GRACE,
     MAX_CELL,
     MAX_NAME,
-    MAX_PARAMETERS,
     MAX_RESOURCES,
     MAX_RESULT,
-    MAX_SQL,
     RECYCLE,
     RENDER,
     SAFE_INTEGER,
     SAMPLE_CELL,
     SAMPLE_ROWS,
     Answer,
+    Backend,
     Cut,
     Dialect,
     QueryError,
+    did_you_mean,
     finish,
     fit,
+    is_like,
     json_row,
     list_entries,
     quoted,
     read_rows,
+    refuse_too_much,
+    refuse_unused,
     shrink,
+    some,
 )
 
 try:
@@ -60,7 +63,7 @@ except ImportError:
 MIN_POOL, MAX_POOL = 2, 10  # connections kept open, and at most
 CONNECT_TIME = 10.0  # seconds to keep trying while the database starts or restarts
 CONNECT_TRY = 5  # seconds for one try
-BACK_OFF = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)  # seconds between the tries; the last one repeats
+FIRST_PAUSE, MAX_PAUSE = 0.05, 1.6  # seconds between the tries; each pause is twice as long as the one before
 CHUNK = 4 * 2**20  # characters fetched at a time, if every cell is as long as it may be
 MAX_CHUNK = 1_000  # rows fetched at a time
 MAX_DEPTH = 100  # brackets of a JSON value that is shown as it is; a client's parser may refuse many more
@@ -73,7 +76,6 @@ LOST = (  # the connection, not the statement, has failed: everything here only 
     asyncpg.CrashShutdownError,
     asyncpg.CannotConnectNowError,
     asyncpg.InternalClientError,  # what asyncpg says if the connection ended in the middle of a message
-    asyncpg.InvalidCachedStatementError,  # a table has changed since this connection compiled the same statement
 )
 NOT_YET = (*LOST, OSError, TimeoutError, asyncpg.TooManyConnectionsError)  # worth another try when connecting
 
@@ -107,7 +109,7 @@ BLANKS = re.compile(r"[ \t\f\v]+")
 
 # What is inside a string, a quoted name or a comment is no code; one that does not end takes the rest of the text.
 LITERAL = (
-    r"""[eE]'(?:[^'\\]|\\.|'')*(?:'|\Z)|'[^']*(?:'|\Z)|"[^"]*(?:"|\Z)|--[^\r\n]*|/\*.*?(?:\*/|\Z)"""
+    r"""(?<![\w$])[eE]'(?:[^'\\]|\\.|'')*(?:'|\Z)|'[^']*(?:'|\Z)|"[^"]*(?:"|\Z)|--[^\r\n]*|/\*.*?(?:\*/|\Z)"""
     r"|\$((?:[A-Za-z_]\w*)?)\$.*?(?:\$\1\$|\Z)"
 )
 LITERAL_OR_END = re.compile(LITERAL + r"|(?P<end>;(?>\s|--[^\r\n]*|/\*.*?\*/)*+\Z)", re.DOTALL)
@@ -165,7 +167,10 @@ class Blob(str):
 
 RENDER[Verbatim] = str
 RENDER[Blob] = lambda size: f"\"(blob, {size} bytes; encode(column, 'hex') shows them)\""
-LONG_NUMBER = re.compile(r"[0-9]{16}")
+LOSSY = re.compile(r"[0-9](?:[0-9]{15}|[eE][+-]?[0-9]{3})")  # a number that other parsers of JSON round, or overflow on
+STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"')
+LINE_BREAK = re.compile(r"[\r\n]\s*")  # between two values: in a string, both are escaped
+BRACKETS = {"[": 1, "{": 1, "]": -1, "}": -1}
 
 
 def _integer(text: str) -> str:
@@ -176,14 +181,30 @@ def _float(text: str) -> str:
     return text if text in ("NaN", "Infinity", "-Infinity") else Verbatim(text)
 
 
+def has_surrogate(text: str) -> bool:
+    """Whether a text holds half of a character, which no encoding can write."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
+def _is_safe(text: str) -> bool:
+    """Whether all parsers of JSON read the same from it."""
+    bare = STRING.sub("", text)
+    depth = max(accumulate(BRACKETS.get(character, 0) for character in bare), default=0)
+    if depth > MAX_DEPTH or LOSSY.search(bare):
+        return False
+    return not has_surrogate(json.dumps(json.loads(text), ensure_ascii=False))
+
+
 def _json(text: str) -> str:
     """As it is, unless a client's JSON parser could lose digits or give up; a row is one line."""
-    plain = text.count("[") + text.count("{") <= MAX_DEPTH and not LONG_NUMBER.search(text)
-    return Verbatim(text) if plain and "\n" not in text and "\r" not in text else text
-
-
-def _bool(text: str) -> str:
-    return Verbatim(text)
+    suspect = text.count("[") + text.count("{") > MAX_DEPTH or "\\u" in text or LOSSY.search(text)
+    if suspect and (len(text) > MAX_CELL or not _is_safe(text)):
+        return text
+    return Verbatim(LINE_BREAK.sub("", text))
 
 
 Reader = tuple[str, Callable[[str], str] | None, bool]  # SQL of the text, what reads it, whether it can be long
@@ -197,7 +218,7 @@ READERS: dict[int, Reader] = {
     **dict.fromkeys((2249, 2287), AS_JSON),  # records
     **dict.fromkeys((1083, 1266, 1186, 2950), ("{}::text", None, False)),  # times, interval, uuid
     **dict.fromkeys((22, 30, 2277), AS_TEXT),  # vectors of the catalogs, which are arrays without being JSON
-    16: ("{}::text", _bool, False),
+    16: ("{}::text", Verbatim, False),
     17: ("octet_length({})::text", Blob, False),
 }
 
@@ -235,16 +256,30 @@ def cells(record: Any, readers: Sequence[Reader], width: int) -> tuple[Any, ...]
     return tuple(row)
 
 
+async def prepare(connection: Any, sql: str) -> Any:
+    """A statement as PostgreSQL has compiled it. Without a name, because asyncpg keeps those with one, and
+    pg_prepared_statements would show them to other callers. Raises QueryError."""
+    try:
+        return await connection.prepare(sql, name="")
+    except asyncpg.InternalClientError as exc:  # anyarray in pg_stats, or a record that holds it
+        if not re.search("types|codec", str(exc)):
+            raise
+        raise QueryError(
+            "a column has the type anyarray, which has no values; cast it to text, name the others"
+        ) from None
+
+
 async def fetch(
     connection: Any, sql: str, values: Sequence[Any], readers: Sequence[Reader], width: int, limit: int, room: int
 ) -> list[tuple[Any, ...]]:
     """Rows of a wrapped statement: at most `limit`, and no more than are needed to fill `room` characters."""
     weight = sum(width if long else 40 for _, _, long in readers)
     chunk = max(1, min(limit, MAX_CHUNK, CHUNK // weight))
+    statement = await prepare(connection, sql)
     if limit <= chunk:
-        return [cells(record, readers, width) for record in await connection.fetch(sql, *values)]
+        return [cells(record, readers, width) for record in await statement.fetch(*values)]
     rows: list[tuple[Any, ...]] = []
-    cursor = await connection.cursor(sql, *values)
+    cursor = await statement.cursor(*values)
     while len(rows) < limit and room > 0:
         found = await cursor.fetch(min(chunk, limit - len(rows)))
         if not found:
@@ -270,17 +305,13 @@ def positional(sql: str, params: Mapping[str, Any]) -> tuple[str, list[Any]]:
         return f"${order.setdefault(name, len(order) + 1)}" if name in named else found[0]
 
     sql = LITERAL_OR_NAME.sub(number, sql)
-    if unused := ", ".join(sorted(named.keys() - order.keys())):
-        raise QueryError(f"the statement has no placeholder for {unused}; write :name for each, or leave it out")
+    refuse_unused(named.keys() - order.keys())
     return sql, [named[name] for name in order]
 
 
 def bindable(sql: str, params: Sequence[Any] | Mapping[str, Any] | None) -> tuple[str, list[Any]]:
     """A statement with $1, $2 ... and its values."""
-    if len(sql) > MAX_SQL:
-        raise QueryError(f"the statement has {len(sql)} characters, more than {MAX_SQL}; pass long values as params")
-    if len(params or ()) > MAX_PARAMETERS:
-        raise QueryError(f"{len(params or ())} parameters are more than {MAX_PARAMETERS}; pass fewer")
+    refuse_too_much(sql, params)
     return positional(sql, params) if isinstance(params, Mapping) else (sql, list(params or ()))
 
 
@@ -330,15 +361,6 @@ def typed(sql: str, values: Sequence[Any], kinds: Sequence[Any]) -> tuple[str, l
 # ------------------------------------------------------------------------------------------------------- queries
 
 
-def has_surrogate(text: str) -> bool:
-    """Whether a text holds half of a character, which no encoding can write."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return True
-    return False
-
-
 async def compile_reading(connection: Any, sql: str, params: Any) -> tuple[str, list[str | None], Sequence[Any]]:
     """What PostgreSQL makes of the model's statement, without running it: the statement with its parameters as texts,
     these, and the columns. Raises QueryError."""
@@ -348,7 +370,12 @@ async def compile_reading(connection: Any, sql: str, params: Any) -> tuple[str, 
     # asyncpg would fail half way through a message, and the connection with it.
     if has_surrogate(sql) or has_surrogate(json.dumps(values, ensure_ascii=False)):
         raise QueryError("the statement or a parameter holds half of a surrogate pair; send valid text")
-    statement = await connection.prepare(sql, name="")
+    try:
+        statement = await prepare(connection, sql)
+    except asyncpg.PostgresSyntaxError as exc:
+        if values and "$1" not in sql:
+            raise QueryError(f"{exc.message}; placeholders are $1, $2 ... with a list, :name with an object") from None
+        raise
     if not statement.get_attributes():
         raise QueryError(ONLY_READS)
     return *typed(sql, values, statement.get_parameters()), statement.get_attributes()
@@ -365,9 +392,10 @@ async def run_query(connection: Any, *, sql: str, params: Any, limit: int, offse
         )
     if offset and not rows:
         counted = f"SELECT count(*)::text FROM (SELECT FROM (\n{sql}\n) AS q LIMIT {offset}) AS q"
-        total = await connection.fetchval(counted, *values)
+        total = await (await prepare(connection, counted)).fetchval(*values)
         raise QueryError(f"offset={offset} is past the end: the query has {total} rows; use a smaller offset")
-    return read_rows([column.name for column in columns], rows, limit, offset, max_output)
+    names = [column.name for column in columns]
+    return read_rows(names, rows, limit, offset, max_output, text="column::text")
 
 
 async def explain(connection: Any, *, sql: str, params: Any, max_output: int) -> Answer:
@@ -376,8 +404,8 @@ async def explain(connection: Any, *, sql: str, params: Any, max_output: int) ->
         raise QueryError("the statement begins with EXPLAIN; pass it without")
     sql, values, _ = await compile_reading(connection, sql, params)
     with only_reading():  # in brackets: EXPLAIN of `ANALYZE DELETE ...` would run it
-        plan = await connection.fetch(f"EXPLAIN SELECT * FROM (\n{sql}\n) AS q", *values)
-    return fit("\n".join(line[0] for line in plan), max_output)
+        plan = await (await prepare(connection, f"EXPLAIN SELECT * FROM (\n{sql}\n) AS q")).fetch(*values)
+    return fit("\n".join(line[0] for line in plan), max_output, "explain a part of the statement")
 
 
 # -------------------------------------------------------------------------------------------------------- schema
@@ -442,32 +470,28 @@ async def find_schema(connection: Any, schema: str) -> str:
 
 async def find_table(connection: Any, schema: str, table: str) -> tuple[str, int, str, str]:
     """Schema, identifier, name and type of a table or view. Raises QueryError that suggests the nearest name."""
-    schema = await find_schema(connection, schema)
-    found = await connection.fetchrow(FIND, schema, table)
-    if found is None:
-        raise QueryError(f"no such table: {table}{nearest(table, await ask(connection, ALL_TABLES))}")
-    return schema, *found
+    qualifier, _, name = table.partition(".")
+    for place in ((await find_schema(connection, schema), table), (qualifier, name)):
+        if found := await connection.fetchrow(FIND, *place):
+            return place[0], *found
+    raise QueryError(f"no such table: {table}{nearest(table, await ask(connection, ALL_TABLES))}")
 
 
 def nearest(name: str, known: Sequence[tuple[str, str, str]]) -> str:
     """The end of a "no such table" message: the nearest names there are, or what there is."""
-    import difflib
-
-    by_lower = {table.lower(): table if schema == "public" else f"{schema}.{table}" for schema, table, _ in known}
-    wanted = name.rpartition(".")[2].strip('"').lower()[:100]
-    if close := difflib.get_close_matches(wanted, by_lower, 3, 0.6):
-        return f"; did you mean {' or '.join(by_lower[match] for match in close)}?"
-    return f"; the tables are {', '.join(list(by_lower.values())[:20])}" if known else "; the role may read no table"
+    tables = [(table, table if schema == "public" else f"{schema}.{table}") for schema, table, _ in known]
+    if close := did_you_mean(name.rpartition(".")[2], tables):
+        return close
+    return f"; the tables are {some([full for _, full in tables])}" if known else "; the role may read no table"
 
 
 async def tables(connection: Any, *, schema: str, pattern: str, offset: int, max_output: int) -> Answer:
     """What `list_tables` answers."""
     schema = await find_schema(connection, schema)
-    glob = (pattern or "*").lower().replace("%", "*")
-    found = [row for row in await ask(connection, TABLES, schema) if fnmatchcase(row[0].lower(), glob)]
     entries = [
         {"name": name, "type": kind, "columns": columns} | ({} if rows is None else {"row_estimate": rows})
-        for name, kind, columns, rows in found
+        for name, kind, columns, rows in await ask(connection, TABLES, schema)
+        if is_like(name, pattern)
     ]
     return list_entries(schema, await ask(connection, SCHEMAS), entries, offset, max_output)
 
@@ -493,14 +517,18 @@ async def sample(
     connection: Any, schema: str, table: str, names: Sequence[str], seconds: float
 ) -> tuple[list[Any], str]:
     """The first rows and "", or none and why: a slow view must not hide the columns."""
+    if not names:
+        return [], "the table has no columns"
     columns = ", ".join(quoted(name) for name in names)
     sql = f"SELECT {columns} FROM {quoted(schema)}.{quoted(table)}"
     await connection.execute(f"SAVEPOINT sample; SET LOCAL statement_timeout = {max(1, round(seconds * 1000))}")
     try:
-        statement = await connection.prepare(sql, name="")
+        statement = await prepare(connection, sql)
         readers = [reader_of(column.type) for column in statement.get_attributes()]
         wrapped = wrap(sql, readers, SAMPLE_CELL, SAMPLE_ROWS, 0)
         rows = await fetch(connection, wrapped, (), readers, SAMPLE_CELL, SAMPLE_ROWS, MAX_RESULT)
+    except QueryError as exc:
+        return [], f"no sample rows: {exc}"
     except LOST:
         raise
     except SQLSTATE as exc:
@@ -534,6 +562,9 @@ AND NOT EXISTS (SELECT FROM pg_constraint o WHERE o.conindid = i.indexrelid AND 
 UNION ALL SELECT pg_get_triggerdef(oid) FROM pg_trigger WHERE tgrelid = $1 AND NOT tgisinternal) AS lines"""
 
 
+SEE_ALSO = "query pg_get_viewdef, pg_indexes or information_schema.columns"
+
+
 async def create_statement(connection: Any, *, schema: str, table: str, max_output: int) -> Answer:
     """The CREATE statement of a table or view, as the catalogs tell it, with its indexes and triggers."""
     _, oid, _, _ = await find_table(connection, schema, table)
@@ -546,7 +577,7 @@ async def create_statement(connection: Any, *, schema: str, table: str, max_outp
         first += f" PARTITION BY {key}" if key else ""
         first += f" SERVER {server}" if server else ""  # its options may hold a password
         first += f";\nALTER TABLE {parent} ATTACH PARTITION {name} {bound}" if parent else ""
-    return fit("\n".join(f"{line};" for line in [first, *await ask(connection, MORE, oid)]), max_output)
+    return fit("\n".join(f"{line};" for line in [first, *await ask(connection, MORE, oid)]), max_output, SEE_ALSO)
 
 
 async def all_tables(connection: Any) -> Answer:
@@ -589,9 +620,10 @@ OPERATIONS: dict[str, Operation] = {
 }
 
 
-class PostgresPool:
+class PostgresPool(Backend):
     """Up to MAX_POOL connections; each serves one call at a time and goes on only if that ended as it should."""
 
+    size = MAX_POOL
     dialect = Dialect(
         name="PostgreSQL",
         schema="public",
@@ -607,20 +639,20 @@ class PostgresPool:
         self.seconds, self.allow_superuser = seconds, allow_superuser
         self.idle: list[Any] = []
         self.opened: dict[Any, float] = {}  # when each connection was opened
-        self.slots = asyncio.Semaphore(MAX_POOL)
         self.closing: set[asyncio.Task[None]] = set()
-        self.users = 0
         milliseconds = round(seconds * 1000)
         lock = round(min(BUSY_TIME, seconds / 2) * 1000)
         self.begin = BEGIN.format(milliseconds=milliseconds, lock=lock, idle=2 * milliseconds)
 
     async def check(self) -> None:
         """Connect once; called when the server starts, to say what is wrong before a client waits for it."""
-        await (await self.connect()).close(timeout=GRACE)
+        connection = await self.connect()
+        self.opened.pop(connection)  # it is no part of the pool; a probe may come every second
+        await connection.close(timeout=GRACE)
 
     # -- life of a connection
 
-    async def open(self) -> Any:
+    async def connect_once(self) -> Any:
         """A new connection. Raises ConfigError for what another try will not mend."""
         try:
             connection = await asyncpg.connect(
@@ -652,9 +684,10 @@ class PostgresPool:
     async def connect(self) -> Any:
         """A new connection, tried for as long as a database takes to start. Raises ConfigError."""
         deadline = time.monotonic() + CONNECT_TIME
-        for pause in (*BACK_OFF, *[BACK_OFF[-1]] * 100):
+        pause = FIRST_PAUSE
+        while True:
             try:
-                return await self.open()
+                return await self.connect_once()
             except NOT_YET as exc:
                 if time.monotonic() + pause > deadline:
                     full = isinstance(exc, asyncpg.TooManyConnectionsError)
@@ -663,7 +696,7 @@ class PostgresPool:
                         f"PostgreSQL {why} (tried for {CONNECT_TIME:g} s); check that it runs, and the URL"
                     ) from None
             await asyncio.sleep(pause)
-        raise AssertionError
+            pause = min(2 * pause, MAX_PAUSE)
 
     def take(self) -> Any:
         """An idle connection that is open and young, or None."""
@@ -689,22 +722,12 @@ class PostgresPool:
     async def _warm(self) -> None:
         with suppress(ConfigError, *NOT_YET):
             while len(self.opened) < MIN_POOL:
-                self.idle.append(await self.connect())
+                async with self.slots:  # without a place of its own, it could be one connection too many
+                    self.idle.append(await self.connect())
 
-    @asynccontextmanager
-    async def running(self, _: object = None) -> AsyncGenerator[None]:
-        """The life of a server: the first connections open before they are needed, all close with the last user."""
-        if not self.users:
-            self.slots = asyncio.Semaphore(MAX_POOL)
-            self.warming = asyncio.ensure_future(self._warm())
-        self.users += 1
-        try:
-            yield
-        finally:
-            self.users -= 1
-            if not self.users:
-                with anyio.CancelScope(shield=True):
-                    await self.close()
+    async def open(self) -> None:
+        """Begin to open the first connections before they are needed."""
+        self.warming = asyncio.ensure_future(self._warm())
 
     async def close(self) -> None:
         """Close what is open; statements that were cancelled get the time to end."""
@@ -752,20 +775,14 @@ class PostgresPool:
     async def call(self, function: Callable[..., Answer], **arguments: object) -> str:
         """What an operation answers, with its trailer. Raises ToolError."""
         try:
-            async with asyncio.timeout(self.seconds + 2 * GRACE):  # as long as it takes until a slow one has ended
-                await self.slots.acquire()
-        except TimeoutError:
-            raise ToolError(f"all {MAX_POOL} connections are busy with slow statements; try again later") from None
-        try:
-            return finish(await self.attempt(OPERATIONS[function.__name__], arguments))
+            async with self.slot():
+                return finish(await self.attempt(OPERATIONS[function.__name__], arguments))
         except (QueryError, ConfigError) as exc:
             raise ToolError(" ".join(str(exc).split())[:MAX_NAME]) from None
         except TimeoutError:
             raise ToolError(MESSAGES["57014"].format(seconds=self.seconds)) from None
         except UnicodeDecodeError:
             raise ToolError("the database holds text that is not UTF-8; read that column as convert_to()") from None
-        finally:
-            self.slots.release()
 
     async def attempt(self, operation: Operation, arguments: Mapping[str, object]) -> Answer:
         """Run an operation; again, on a new connection, if the one it had is lost. Raises QueryError."""
@@ -786,8 +803,7 @@ class PostgresPool:
                 name = re.search(r'"(.*)"', exc.message)
                 if name is None:
                     raise QueryError(sentence(exc, self.seconds, version)) from None
-                async with self.transaction() as connection:
-                    known = await ask(connection, ALL_TABLES)
+                known = json.loads((await self.attempt(all_tables, {})).text)
                 raise QueryError(f"no such table: {name[1]}{nearest(name[1], known)}") from None
             except SQLSTATE as exc:
                 raise QueryError(sentence(exc, self.seconds, version)) from None

@@ -25,10 +25,11 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
-from itertools import islice
+from fnmatch import fnmatchcase
+from itertools import groupby, islice
+from operator import itemgetter
 from typing import Any, NamedTuple, Protocol
 
 import aiosqlite
@@ -56,6 +57,7 @@ SAMPLE_CELL = 200  # characters of one cell in the sample rows
 MAX_COUNTED = 4 * 2**20  # bytes of a database whose rows are counted for list_tables: that takes milliseconds
 MAX_FILES = 10  # SQLite attaches ten databases to a connection at most
 MAX_NAMES = 5_000  # names looked through for a suggestion
+MAX_SHOWN = 20  # names in an error
 MAX_RESOURCES = 1_000  # tables listed as resources; others can be read all the same
 
 
@@ -174,6 +176,9 @@ def open_read_only(files: Sequence[Sequence[str]]) -> tuple[sqlite3.Connection, 
     connection = open_files(files)
     forbid_writing(connection)
     limit_sizes(connection, len(files) - 1)
+    connection.text_factory = text_reader(
+        MAX_NAME
+    )  # a name that is not UTF-8, the file's own too, is no reason to fail
     authorizer = Authorizer(connection)
     connection.set_authorizer(authorizer)
     return connection, authorizer
@@ -181,8 +186,9 @@ def open_read_only(files: Sequence[Sequence[str]]) -> tuple[sqlite3.Connection, 
 
 # ------------------------------------------------------------------------------------------------- rows as JSON
 
+Row = tuple[Any, ...]
 _encode_text = json.encoder.encode_basestring  # a text in quotes; JSONEncoder.encode takes a detour to it
-_INFINITE = (float("inf"), float("-inf"))
+_INFINITE = {float("inf"): '"Infinity"', float("-inf"): '"-Infinity"'}  # not JSON; SQLite stores NaN as NULL
 _CONTINUATION = bytes(range(0x80, 0xC0))  # what follows the first byte of a UTF-8 character
 
 
@@ -215,35 +221,17 @@ def shorten(value: Any, width: int) -> Any:
     return Cut(value[:width], len(value)) if isinstance(value, str) and len(value) > width else value
 
 
-def _json_integer(value: int) -> str:
-    return str(value) if -SAFE_INTEGER <= value <= SAFE_INTEGER else f'"{value}"'
-
-
-def _json_real(value: float) -> str:
-    if value in _INFINITE:  # not JSON; SQLite stores NaN as NULL
-        return '"Infinity"' if value > 0 else '"-Infinity"'
-    return repr(value)
-
-
-def _json_blob(value: bytes) -> str:
-    return f'"(blob, {len(value)} bytes; hex(column) shows them)"'
-
-
-def _json_cut(value: Cut) -> str:
-    return _encode_text(f"{value.head}… (cut: {len(value.head)} of {value.length} characters)")
-
-
 RENDER: dict[type, Callable[[Any], str]] = {
     str: _encode_text,
-    int: _json_integer,
-    float: _json_real,
-    bytes: _json_blob,
-    Cut: _json_cut,
+    int: lambda value: str(value) if -SAFE_INTEGER <= value <= SAFE_INTEGER else f'"{value}"',
+    float: lambda value: _INFINITE.get(value) or repr(value),
+    bytes: lambda value: f'"(blob, {len(value)} bytes; hex(column) shows them)"',
+    Cut: lambda cut: _encode_text(f"{cut.head}… (cut: {len(cut.head)} of {cut.length} characters)"),
     type(None): lambda _: "null",
 }
 
 
-def json_row(row: Iterable[Any]) -> str:
+def json_row(row: Row) -> str:
     """One row as a JSON list."""
     return "[" + ",".join([RENDER[type(value)](value) for value in row]) + "]"
 
@@ -260,7 +248,7 @@ def is_plain(column: Sequence[Any]) -> bool:
     return kinds <= PLAIN
 
 
-def json_rows(rows: Iterable[tuple[Any, ...]], room: int) -> Iterator[tuple[tuple[Any, ...], str]]:
+def json_rows(rows: Iterable[Row], room: int) -> Iterator[tuple[Row, str]]:
     """Each row, and the same as a JSON list. Rows are looked at by the column, and plain ones are encoded by pydantic's
     Rust: both are several times as fast as Python is with one cell after the other."""
     rows, size = iter(rows), 1
@@ -274,7 +262,7 @@ def json_rows(rows: Iterable[tuple[Any, ...]], room: int) -> Iterator[tuple[tupl
         size = max(1, min(2 * size, BATCH, room // len(line)))
 
 
-def squeeze(row: tuple[Any, ...], room: int) -> tuple[Any, ...]:
+def squeeze(row: Row, room: int) -> Row:
     """A row that does not fit, with its texts cut until it does: each cell gets its share."""
     for divisor in (2, 8, 32):  # the share is in characters; escaped, one can take six
         shorter = tuple(shorten(value, room // (divisor * len(row))) for value in row)
@@ -286,7 +274,7 @@ def squeeze(row: tuple[Any, ...], room: int) -> tuple[Any, ...]:
 
 
 def read_rows(
-    names: Iterable[str], rows: Iterable[tuple[Any, ...]], limit: int, offset: int, max_output: int
+    names: Iterable[str], rows: Iterable[Row], limit: int, offset: int, max_output: int, text: str = "column"
 ) -> Answer:
     """The rows, of which the first is number `offset`, as far as `limit` and `max_output` allow; one more is fetched to
     know if there is."""
@@ -314,13 +302,29 @@ def read_rows(
         lines.append(line)
     facts = [f"rows {offset + 1}-{offset + len(lines)} shown"] if more else []
     if cut:
-        facts.append(f"{cut} cells cut, substr(column, start, length) reads on in one")
+        facts.append(f"{cut} cells cut, substr({text}, start, length) reads on in one")
     body = "\n" + ",\n".join(lines) + "\n" if lines else ""
-    text = f'{header}{body}], "row_count": {len(lines)}, "truncated": {"true" if more else "false"}}}'
-    return Answer(text, facts, {"offset": offset + len(lines)} if more else {})
+    result = f'{header}{body}], "row_count": {len(lines)}, "truncated": {"true" if more else "false"}}}'
+    return Answer(result, facts, {"offset": offset + len(lines)} if more else {})
 
 
 # ------------------------------------------------------------------------------------------------------- queries
+
+
+def refuse_too_much(sql: str, params: Sequence[Any] | Mapping[str, Any] | None) -> None:
+    """Raise QueryError for a statement that takes too long to parse, or that has too many parameters."""
+    if len(sql) > MAX_SQL:
+        raise QueryError(f"the statement has {len(sql)} characters, more than {MAX_SQL}; pass long values as params")
+    if len(params or ()) > MAX_PARAMETERS:
+        raise QueryError(f"{len(params or ())} parameters are more than {MAX_PARAMETERS}; pass fewer")
+
+
+def refuse_unused(names: Collection[str]) -> None:
+    """Raise QueryError if there are parameters that the statement does not ask for: their names may be misspelt."""
+    if names:
+        raise QueryError(
+            f"the statement has no placeholder for {', '.join(sorted(names))}; write :name for each, or leave it out"
+        )
 
 
 class Named(dict[str, Any]):
@@ -343,24 +347,18 @@ def bindable(params: Sequence[Any] | Mapping[str, Any] | None) -> Sequence[Any] 
             raise QueryError(f"parameter {key} is a list or an object; pass text, numbers, true, false or null")
         if isinstance(value, int) and not -(2**63) <= value < 2**63:
             raise QueryError(f"parameter {key} is {value}, beyond SQLite's 64-bit integers; pass it as text")
-    if len(params or ()) > MAX_PARAMETERS:
-        raise QueryError(f"{len(params or ())} parameters are more than {MAX_PARAMETERS}; pass fewer")
     return Named(params) if isinstance(params, Mapping) else list(params or ())
 
 
 def execute(connection: sqlite3.Connection, sql: str, params: Any) -> sqlite3.Cursor:
     """Run the model's statement, one that returns rows. Raises QueryError, or what sqlite3 raises."""
+    refuse_too_much(sql, params)
     values = bindable(params)
-    if len(sql) > MAX_SQL:
-        raise QueryError(f"the statement has {len(sql)} characters, more than {MAX_SQL}; pass long values as params")
     cursor = connection.execute(sql.rstrip("; \t\r\n"), values)
     if cursor.description is None:
         raise QueryError("the statement returns no rows; write one that does, such as SELECT, WITH or VALUES")
-    if isinstance(values, Named) and values.unused:
-        names = ", ".join(sorted(values.unused))
-        raise QueryError(
-            f"the statement has no placeholder for {names}; write :name for each parameter, or leave it out"
-        )
+    if isinstance(values, Named):
+        refuse_unused(values.unused)
     return cursor
 
 
@@ -393,22 +391,25 @@ def explain(connection: sqlite3.Connection, *, sql: str, params: Any, max_output
     for step, parent, _, detail in cursor:
         depth[step] = depth.get(parent, -1) + 1
         lines.append("  " * depth[step] + f"- {detail}")
-    return fit("\n".join(lines) or "- no table is read", max_output)
+    return fit("\n".join(lines) or "- no table is read", max_output, "explain a part of the statement")
 
 
-def fit(text: str, max_output: int) -> Answer:
-    """As many lines as a result may hold, or as many characters of a single long one."""
+def fit(text: str, max_output: int, rest: str) -> Answer:
+    """As many lines as a result may hold, or as many characters of a single long one; `rest` says how to see more."""
     if not max_output or len(text) <= max_output:
         return Answer(text)
     shown = text[: max(0, max_output - 100)]
     shown = shown[: shown.rfind("\n")] if "\n" in shown else shown
-    return Answer(shown, [f"characters 1-{len(shown)} of {len(text)} shown; --max-output sets the limit"])
+    return Answer(shown, [f"characters 1-{len(shown)} of {len(text)} shown, for the rest {rest}"])
 
 
 # -------------------------------------------------------------------------------------------------------- schema
 
 OBJECTS = """SELECT name, type, ncol FROM pragma_table_list
  WHERE schema = ? AND type <> 'shadow' AND name NOT LIKE 'sqlite\\_%' ESCAPE '\\' ORDER BY name"""
+INDEX_COLUMNS = "SELECT name FROM pragma_index_info(?, ?)"
+FOREIGN_KEYS = """SELECT id, "from", "to", "table", on_update, on_delete FROM pragma_foreign_key_list(?, ?)
+ ORDER BY id, seq"""
 
 
 def schemas_of(connection: sqlite3.Connection) -> list[str]:
@@ -427,13 +428,14 @@ def find_schema(connection: sqlite3.Connection, schema: str) -> str:
 
 def find_table(connection: sqlite3.Connection, schema: str, table: str) -> tuple[str, str, str]:
     """Schema, name and type of a table or view. Raises QueryError that suggests the nearest name."""
-    schema = find_schema(connection, schema)
-    found = connection.execute(
-        "SELECT name, type FROM pragma_table_list WHERE schema = ? AND name = ? COLLATE NOCASE", (schema, table)
-    ).fetchone()
-    if found is None:
-        raise QueryError(f"no such table: {table}{nearest(connection, 'table', table.replace('.', ' '), '')}")
-    return schema, found[0], found[1]
+    known = (
+        "SELECT schema, name, type FROM pragma_table_list WHERE schema = ? COLLATE NOCASE AND name = ? COLLATE NOCASE"
+    )
+    qualifier, _, name = table.partition(".")
+    for place in ((find_schema(connection, schema), table), (qualifier, name)):
+        if found := connection.execute(known, place).fetchone():
+            return found
+    raise QueryError(f"no such table: {table}{nearest(connection, 'table', table, '')}")
 
 
 def row_estimates(connection: sqlite3.Connection, schema: str, tables: Iterable[str]) -> dict[str, int]:
@@ -453,20 +455,22 @@ def row_estimates(connection: sqlite3.Connection, schema: str, tables: Iterable[
     return counts
 
 
+def is_like(name: str, pattern: str) -> bool:
+    """Whether a name matches a glob, in any case; also one as SQLite writes it, or with the % of LIKE."""
+    return fnmatchcase(name.lower(), (pattern or "*").lower().replace("%", "*").replace("[^", "[!"))
+
+
 def tables(connection: sqlite3.Connection, *, schema: str, pattern: str, offset: int, max_output: int) -> Answer:
     """What `list_tables` answers: one table a line, in the form of a query's result."""
     schema = find_schema(connection, schema)
-    glob = (pattern or "*").lower().replace("%", "*")
-    found = [row for row in connection.execute(OBJECTS, (schema,)) if _matches(connection, row[0], glob)]
+    found = [row for row in connection.execute(OBJECTS, (schema,)) if is_like(row[0], pattern)]
     estimates = row_estimates(connection, schema, [name for name, kind, _ in found if kind == "table"])
-    entries: list[dict[str, Any]] = []
-    for name, kind, columns in found:
-        entry: dict[str, Any] = {"name": name[:MAX_NAME], "type": kind}
-        if kind != "virtual":  # what SQLite counts there includes hidden columns
-            entry["columns"] = columns
-        if name in estimates:
-            entry["row_estimate"] = estimates[name]
-        entries.append(entry)
+    entries = [
+        {"name": name[:MAX_NAME], "type": kind}
+        | ({} if kind == "virtual" else {"columns": columns})  # what SQLite counts there includes hidden columns
+        | ({"row_estimate": estimates[name]} if name in estimates else {})
+        for name, kind, columns in found
+    ]
     return list_entries(schema, schemas_of(connection), entries, offset, max_output)
 
 
@@ -479,11 +483,11 @@ def list_entries(
     lines: list[str] = []
     used = 0
     for entry in entries[offset:]:
-        lines.append(json.dumps(entry, ensure_ascii=False))
-        used += len(lines[-1]) + 2
-        if max_output and used > max_output - 500 and len(lines) > 1:
-            lines.pop()
+        line = json.dumps(entry, ensure_ascii=False)
+        used += len(line) + 2
+        if lines and max_output and used > max_output - 500:
             break
+        lines.append(line)
     end = offset + len(lines)
     head = {"schema": schema, "schemas": schemas}
     body = "\n" + ",\n".join(lines) + "\n" if lines else ""
@@ -491,10 +495,6 @@ def list_entries(
     more = end < len(entries)
     facts = [f"tables {offset + 1}-{end} of {len(entries)} shown"] if more else []
     return Answer(text, facts, {"offset": end} if more else {})
-
-
-def _matches(connection: sqlite3.Connection, name: str, glob: str) -> bool:
-    return bool(connection.execute("SELECT ? GLOB ?", (name.lower(), glob)).fetchone()[0])
 
 
 def describe(connection: sqlite3.Connection, *, schema: str, table: str, seconds: float, max_output: int) -> Answer:
@@ -516,46 +516,38 @@ def describe(connection: sqlite3.Connection, *, schema: str, table: str, seconds
         }
         for name, declared, notnull, default, _, hidden in info
     ]
-    result: dict[str, Any] = {"table": table, "schema": schema, "type": kind, "columns": columns, "primary_key": keys}
-    result["indexes"] = [
+    found = connection.execute(
+        'SELECT name, "unique", partial FROM pragma_index_list(?, ?)', (table, schema)
+    ).fetchall()
+    indexes = [
         {
             "name": name,
-            "columns": _index_columns(connection, schema, name),
+            "columns": [row[0] or "(expression)" for row in connection.execute(INDEX_COLUMNS, (name, schema))],
             "unique": bool(unique),
-            "partial": bool(part),
+            "partial": bool(partial),
         }
-        for name, unique, part in connection.execute(
-            'SELECT name, "unique", partial FROM pragma_index_list(?, ?)', (table, schema)
-        ).fetchall()
+        for name, unique, partial in found
     ]
-    result["foreign_keys"] = foreign_keys(connection, schema, table)
+    result: dict[str, Any] = {"table": table, "schema": schema, "type": kind, "columns": columns, "primary_key": keys}
+    result |= {"indexes": indexes, "foreign_keys": foreign_keys(connection, schema, table)}
     result["sample_rows"], result["note"] = sample(connection, schema, table, seconds)
     return Answer(shrink(result, max_output))
 
 
-def _index_columns(connection: sqlite3.Connection, schema: str, index: str) -> list[str]:
-    rows = connection.execute("SELECT name FROM pragma_index_info(?, ?)", (index, schema))
-    return [row[0] or "(expression)" for row in rows]
-
-
 def foreign_keys(connection: sqlite3.Connection, schema: str, table: str) -> list[dict[str, Any]]:
     """The foreign keys of a table, one entry a key however many columns it has."""
-    found: dict[int, dict[str, Any]] = {}
-    for number, parent, column, to, on_update, on_delete in connection.execute(
-        'SELECT id, "table", "from", "to", on_update, on_delete FROM pragma_foreign_key_list(?, ?) ORDER BY id, seq',
-        (table, schema),
-    ):
-        key: dict[str, Any] = {
-            "columns": [],
-            "table": parent,
-            "references": [],
-            "on_update": on_update,
-            "on_delete": on_delete,
+    rows = connection.execute(FOREIGN_KEYS, (table, schema)).fetchall()
+    keys = [list(key) for _, key in groupby(rows, itemgetter(0))]
+    return [
+        {
+            "columns": [column for _, column, *_ in key],
+            "table": key[0][3],
+            "references": [to for _, _, to, *_ in key if to is not None],  # NULL: the parent's primary key
+            "on_update": key[0][4],
+            "on_delete": key[0][5],
         }
-        found.setdefault(number, key)["columns"].append(column)
-        if to is not None:  # NULL: the parent's primary key
-            found[number]["references"].append(to)
-    return list(found.values())
+        for key in keys
+    ]
 
 
 def sample(connection: sqlite3.Connection, schema: str, table: str, seconds: float) -> tuple[list[Any], str]:
@@ -566,27 +558,31 @@ def sample(connection: sqlite3.Connection, schema: str, table: str, seconds: flo
     try:
         rows = connection.execute(statement).fetchall()
     except (sqlite3.Error, MemoryError) as exc:
-        reason = f"took longer than {seconds:g} s" if _is_interrupt(exc) else "cannot be read, a value may be too large"
+        slow = getattr(exc, "sqlite_errorname", "") == "SQLITE_INTERRUPT"
+        reason = f"took longer than {seconds:g} s" if slow else "cannot be read, a value may be too large"
         return [], f"no sample rows: they {reason}; query single columns"
     return [json.loads(json_row(row)) for row in rows], ""
 
 
 def shrink(result: dict[str, Any], max_output: int, elsewhere: str = "pragma_table_xinfo(table, schema)") -> str:
-    """A table description as JSON that fits: a table can have 2,000 columns."""
+    """A table description as JSON that fits: a table can have 2,000 columns, and any number of indexes."""
     text = json.dumps(result, ensure_ascii=False)
-    total = len(result["columns"])
-    while max_output and len(text) > max_output and (result["sample_rows"] or len(result["columns"]) > 1):
+    totals = {part: len(result[part]) for part in ("columns", "primary_key", "indexes", "foreign_keys")}
+    while max_output and len(text) > max_output:
+        longest = result[max(totals, key=lambda part: len(str(result[part])))]
         if not result["sample_rows"]:
-            for part in ("columns", "indexes", "foreign_keys", "primary_key"):
-                result[part] = result[part][: max(1, len(result[part]) * 3 // 4)]
+            if len(longest) < 2:
+                raise QueryError(
+                    f"the description does not fit into {max_output} characters; query {elsewhere} instead"
+                )
+            del longest[len(longest) * 3 // 4 :]
         result["sample_rows"] = []
+        lists = {part: len(result[part]) for part in totals}
+        cut = [f", {part} 1-{shown} of {totals[part]} shown" for part, shown in lists.items() if shown < totals[part]]
         result["note"] = (
-            f"too large for one result, no sample rows, columns 1-{len(result['columns'])} of {total} shown; "
-            f"query_database with {elsewhere} lists them all"
+            f"too large for one result, no sample rows{''.join(cut)}; query_database with {elsewhere} lists all columns"
         )
         text = json.dumps(result, ensure_ascii=False)
-    if max_output and len(text) > max_output:
-        raise QueryError(f"the description does not fit into {max_output} characters; query {elsewhere} instead")
     return text
 
 
@@ -598,7 +594,7 @@ def create_statement(connection: sqlite3.Connection, *, schema: str, table: str,
         " ORDER BY name <> tbl_name, rowid",
         (table,),
     )
-    return fit("\n".join(f"{row[0]};" for row in rows), max_output)
+    return fit("\n".join(f"{row[0]};" for row in rows), max_output, "query substr(sql, start, length) of sqlite_master")
 
 
 def all_tables(connection: sqlite3.Connection) -> Answer:
@@ -611,60 +607,79 @@ def all_tables(connection: sqlite3.Connection) -> Answer:
 # -------------------------------------------------------------------------------------------------------- errors
 
 
-def nearest(connection: sqlite3.Connection, kind: str, name: str, sql: str) -> str:
-    """The end of a "no such" message: the nearest names there are, or what there is."""
+def did_you_mean(name: str, known: Iterable[tuple[str, str]]) -> str:
+    """The end of a "no such" message: the nearest of the known names, each with what it must be called; or nothing."""
     import difflib  # only here: a worker starts faster without it
 
+    names: dict[str, list[str]] = {}
+    for candidate, full in known:
+        names.setdefault(candidate.lower(), []).append(full)
+    close = difflib.get_close_matches(name.strip("\"'`[]").lower()[:100], names, 3, 0.6)
+    found = [full for match in close for full in names[match]]
+    return f"; did you mean {' or '.join(found[:5])}?" if found else ""
+
+
+def nearest(connection: sqlite3.Connection, kind: str, name: str, sql: str) -> str:
+    """The end of a "no such" message: the nearest names there are, or what there is."""
     schema, _, name = name.partition(" - should")[0].rpartition(".")  # newer versions of SQLite add a hint of theirs
     schemas = schemas_of(connection)
     if kind == "table" and schema and schema.lower() not in (known.lower() for known in schemas):
         return f"; the schemas are {', '.join(schemas)}"
     names = NAMES[kind](connection, sql)
-    by_lower = {candidate.lower(): candidate for candidate in reversed(names)}  # of equal ones, the first
-    close = difflib.get_close_matches(name.strip("\"'`[]").lower()[:100], by_lower, 3, 0.6)
-    if close:
-        return f"; did you mean {' or '.join(by_lower[match] for match in close)}?"
+    if close := did_you_mean(name, names.items()):
+        return close
     if kind == "table":
-        return f"; the tables are {', '.join(names[:20])}" if names else "; the database has no tables"
+        return f"; the tables are {some(list(names.values()))}" if names else "; the database has no tables"
     return "; describe_table shows the columns" if kind == "column" else f"; SQLite {sqlite3.sqlite_version} has none"
 
 
-def _table_names(connection: sqlite3.Connection, _: str = "") -> list[str]:
+def some(names: Sequence[str]) -> str:
+    """The first of the names, and how many more there are."""
+    more = f" and {len(names) - MAX_SHOWN} more (list_tables shows them)" if len(names) > MAX_SHOWN else ""
+    return ", ".join(names[:MAX_SHOWN]) + more
+
+
+def _table_names(connection: sqlite3.Connection, _: str = "") -> dict[str, str]:
+    names: dict[str, str] = {}
     found = connection.execute(
-        "SELECT name FROM pragma_table_list WHERE type <> 'shadow' AND name NOT LIKE 'sqlite^_%' ESCAPE '^'"
+        "SELECT schema, name FROM pragma_table_list WHERE type <> 'shadow' AND name NOT LIKE 'sqlite^_%' ESCAPE '^'"
+        " ORDER BY schema <> 'main', schema, name"
     )
-    return list(dict.fromkeys(row[0] for row in found.fetchmany(MAX_NAMES)))
+    for schema, name in found.fetchmany(MAX_NAMES):  # describe_table finds those outside of `main` by their full names
+        names.setdefault(name, name if schema == "main" else f"{schema}.{name}")
+    return names
 
 
-def _column_names(connection: sqlite3.Connection, sql: str) -> list[str]:
+def _column_names(connection: sqlite3.Connection, sql: str) -> dict[str, str]:
     """Columns of the tables that the statement names come first."""
-    names: dict[str, None] = {}
+    names: dict[str, str] = {}
     for table in sorted(_table_names(connection), key=lambda table: table.lower() not in sql.lower()):
         if len(names) < MAX_NAMES:
             with suppress(sqlite3.Error):  # a view of a table that is gone
-                names |= dict.fromkeys(row[1] for row in connection.execute(f"PRAGMA table_xinfo({quoted(table)})"))
-    return list(names)
+                names |= {row[1]: row[1] for row in connection.execute(f"PRAGMA table_xinfo({quoted(table)})")}
+    return names
 
 
-def _function_names(connection: sqlite3.Connection, _: str) -> list[str]:
-    return [row[0] for row in connection.execute("SELECT DISTINCT name FROM pragma_function_list")]
-
-
-NAMES = {"table": _table_names, "column": _column_names, "function": _function_names}
+NAMES: dict[str, Callable[[sqlite3.Connection, str], dict[str, str]]] = {
+    "table": _table_names,
+    "column": _column_names,
+    "function": lambda connection, _: dict(connection.execute("SELECT DISTINCT name, name FROM pragma_function_list")),
+}
 BINDINGS = re.compile(r"current statement uses (\d+), and there are (\d+) supplied")
 NO_SUCH = re.compile(r"no such (table|column|function): (.+)", re.DOTALL)
 
 
-def _is_interrupt(exc: BaseException) -> bool:
-    return getattr(exc, "sqlite_errorname", "") == "SQLITE_INTERRUPT"
+def message_for(exc: BaseException) -> str | None:
+    """What MESSAGES has for an error."""
+    code, text = getattr(exc, "sqlite_errorname", "SQLITE_NOMEM" if isinstance(exc, MemoryError) else ""), str(exc)
+    return next(
+        (message for start, message in MESSAGES.items() if code.startswith(start) or text.startswith(start)), None
+    )
 
 
 def sentence(connection: sqlite3.Connection, exc: BaseException, sql: str, refused: str, seconds: float) -> str:
     """What the model is told about an error: what is wrong, and what to do."""
     text = str(exc)
-    code = getattr(exc, "sqlite_errorname", "")
-    if isinstance(exc, MemoryError):
-        return f"the statement needs more than the {MAX_HEAP // 2**20} MB of memory it may use; {LESS_MEMORY}"
     if isinstance(exc, UnicodeDecodeError):
         return "a column's name is not UTF-8; name the columns and give them aliases with AS"
     if isinstance(exc, UnicodeEncodeError):
@@ -678,9 +693,8 @@ def sentence(connection: sqlite3.Connection, exc: BaseException, sql: str, refus
     if found := NO_SUCH.search(text):
         with suppress(sqlite3.Error):
             return f"no such {found[1]}: {found[2]}{nearest(connection, found[1], found[2], sql)}"
-    for prefix, message in MESSAGES.items():
-        if code.startswith(prefix) or text.startswith(prefix):
-            return message.format(refused=refused or "it", seconds=seconds)
+    if message := message_for(exc):
+        return message.format(refused=refused or "it", seconds=seconds)
     if not isinstance(exc, sqlite3.Error | sqlite3.Warning):
         traceback.print_exception(exc)  # to the log; to the model it says nothing
         return "the statement failed inside the server, and the reason is in its log; write it in another way"
@@ -689,7 +703,6 @@ def sentence(connection: sqlite3.Connection, exc: BaseException, sql: str, refus
     return f"{text.rstrip('.')}; correct the statement (SQLite {sqlite3.sqlite_version})"
 
 
-LESS_MEMORY = "sort or group fewer rows, name fewer columns, and of huge values read only length()"
 WAL_DIRECTORY = (  # readers of a WAL database announce themselves in a file beside it
     "the database is in WAL mode and its directory cannot be written to; make it writable, or serve a copy on which"
     " PRAGMA journal_mode = DELETE was run"
@@ -701,7 +714,8 @@ MESSAGES = {  # the beginning of SQLite's name for the error, or of its text
     "SQLITE_INTERRUPT": "the statement was stopped at the limit of {seconds:g} s; read fewer rows with WHERE or an"
     " index (explain_query shows the plan), or aggregate less",
     "SQLITE_TOOBIG": "a value or the statement is larger than SQLite's limit; leave the column out, or pass less",
-    "SQLITE_NOMEM": f"the statement needs more memory than it may use; {LESS_MEMORY}",
+    "SQLITE_NOMEM": f"the statement needs more than the {MAX_HEAP // 2**20} MB of memory it may use; sort or group"
+    " fewer rows, name fewer columns, and of huge values read only length()",
     "SQLITE_BUSY": "another program has locked the database; try again in a moment",
     "SQLITE_LOCKED": "another program has locked the database; try again in a moment",
     "SQLITE_NOTADB": "the file is not an SQLite database, or is encrypted; start the server with another file",
@@ -819,9 +833,7 @@ async def work() -> None:
     try:
         await reader
     except (sqlite3.Error, MemoryError) as exc:
-        code = getattr(exc, "sqlite_errorname", "")
-        known = [message for prefix, message in MESSAGES.items() if code.startswith(prefix)]
-        send(failure((known or [MESSAGES["SQLITE_CANTOPEN"]])[0]))
+        send(failure(message_for(exc) or MESSAGES["SQLITE_CANTOPEN"]))
         os._exit(1)
     send(b"{}")
     await reader.serve()
@@ -840,7 +852,7 @@ if __name__ == "__main__" and sys.argv[1:] == [WORKER]:
 import argparse
 import stat
 from collections.abc import AsyncGenerator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Annotated
 from urllib.parse import quote
@@ -856,6 +868,7 @@ POSTGRES = ("postgresql://", "postgres://")
 POOL_SIZE = 4  # statements that run at once: a slow one does not hold up a fast one
 PROGRAM = os.path.abspath(__file__)
 RECYCLE = 3600.0  # seconds until a worker is replaced: nothing that a query leaves behind outlives it
+NOT_STARTED = "the process that runs SQL did not start, the server's log may say why; try again in a moment"
 START_TIME = 10.0  # seconds for a worker to start, on a busy machine; 0.06 are usual
 
 
@@ -872,21 +885,54 @@ class Dialect(NamedTuple):
 
 
 class Backend(Protocol):
-    """What the tools need of a database: `Pool` here for SQLite, `PostgresPool` in db_postgres.py."""
+    """A database, as the tools need it: `Pool` here for SQLite, `PostgresPool` in db_postgres.py."""
 
     dialect: Dialect
+    size: int  # calls that run at once
+    seconds: float  # for one statement
+    users: int = 0
+    slots: asyncio.Semaphore
 
     async def check(self) -> None:
-        """Raise ConfigError if it cannot be served; called when the server starts."""
-        ...
+        """Raise ConfigError if it cannot be served; called when the server starts. Files are looked at before that."""
 
-    def running(self, _: object = None) -> AbstractAsyncContextManager[None]:
-        """The life of a server."""
-        ...
+    async def open(self) -> None:
+        """Prepare for the first call."""
+
+    async def close(self) -> None:
+        """End what runs, and wait until it has ended."""
 
     async def call(self, function: Callable[..., Answer], **arguments: object) -> str:
         """What an operation, named by its function for SQLite, answers. Raises ToolError."""
         ...
+
+    @asynccontextmanager
+    async def running(self, _: object = None) -> AsyncGenerator[None]:
+        """The life of a server, which several clients may use at once: open from the first to the last of them."""
+        self.users += 1
+        try:
+            if self.users == 1:
+                self.slots = asyncio.Semaphore(self.size)
+                await self.open()
+            yield
+        finally:
+            self.users -= 1
+            if not self.users:
+                with anyio.CancelScope(shield=True):
+                    await self.close()
+
+    @asynccontextmanager
+    async def slot(self) -> AsyncGenerator[None]:
+        """A place for one call. Raises ToolError if there is none for as long as a runaway takes to end."""
+        try:
+            async with asyncio.timeout(self.seconds + 2 * GRACE):
+                await self.slots.acquire()
+        except TimeoutError:
+            raise ToolError(f"all {self.size} connections are busy with slow statements; try again later") from None
+        try:
+            yield
+        finally:
+            self.slots.release()
 
 
 def finish(answer: Answer) -> str:
@@ -911,7 +957,10 @@ class Worker:
         """Start a process; it opens its files while we do other things."""
         program = [sys.executable, "-W", "ignore", PROGRAM, WORKER]
         pipe = asyncio.subprocess.PIPE
-        worker = cls(await asyncio.create_subprocess_exec(*program, stdin=pipe, stdout=pipe))
+        try:
+            worker = cls(await asyncio.create_subprocess_exec(*program, stdin=pipe, stdout=pipe))
+        except OSError:  # no process or descriptor is left
+            raise ToolError(NOT_STARTED) from None
         worker.stdin.write(frame(json.dumps(config).encode()))
         return worker
 
@@ -923,7 +972,10 @@ class Worker:
     async def ask(self, request: bytes, seconds: float) -> bytes:
         """Send a request and return the answer; the first one waits for the worker's greeting."""
         if not self.greeted:
-            error = json.loads(await self.read(START_TIME)).get("error")
+            try:
+                error = json.loads(await self.read(START_TIME)).get("error")
+            except (TimeoutError, EOFError):
+                raise ToolError(NOT_STARTED) from None
             if error:
                 raise ToolError(error)
             self.greeted = True
@@ -936,44 +988,29 @@ class Worker:
             self.process.kill()
 
 
-@dataclass
-class Pool:
+class Pool(Backend):
     """Up to POOL_SIZE workers; each serves one call at a time, and dies with a call that it cannot end."""
 
-    paths: Sequence[Path]
-    files: Sequence[tuple[str, str]]  # schema name and URI
-    seconds: float
-    idle: list[Worker] = field(default_factory=list[Worker])
-    workers: set[Worker] = field(default_factory=set[Worker])
-    slots: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(POOL_SIZE))
-    users: int = 0
-    dialect: Dialect = field(default_factory=Dialect)
+    dialect = Dialect()
+    size = POOL_SIZE
 
-    async def check(self) -> None:
-        """Nothing: the files were opened when they were named."""
+    def __init__(self, paths: Sequence[Path], files: Sequence[tuple[str, str]], seconds: float) -> None:
+        self.paths, self.seconds = paths, seconds
+        self.files = files  # schema name and URI
+        self.idle: list[Worker] = []
+        self.workers: set[Worker] = set()
 
-    @asynccontextmanager
-    async def running(self, _: object = None) -> AsyncGenerator[None]:
-        """The life of a server: the first worker starts before it is needed, all end with the last user."""
-        if not self.users:
-            self.slots = asyncio.Semaphore(POOL_SIZE)
-            self.idle.append(await self.start())
-        self.users += 1
-        try:
-            yield
-        finally:
-            self.users -= 1
-            if not self.users:
-                await self.close()
+    async def open(self) -> None:
+        """Start the first worker before it is needed."""
+        self.idle.append(await self.start())
 
     async def close(self) -> None:
         """Kill all workers and wait until they are gone."""
         workers, self.idle, self.workers = self.workers, [], set()
         for worker in workers:
             worker.kill()
-        with anyio.CancelScope(shield=True):
-            for worker in workers:
-                await worker.process.communicate()
+        for worker in workers:
+            await worker.process.communicate()
 
     async def start(self) -> Worker:
         """A new worker."""
@@ -992,12 +1029,7 @@ class Pool:
     @asynccontextmanager
     async def worker(self) -> AsyncGenerator[Worker]:
         """A worker for one call. If the call does not end as it should, the worker does."""
-        try:
-            async with asyncio.timeout(self.seconds + 2 * GRACE):  # as long as it takes until a runaway has ended
-                await self.slots.acquire()
-        except TimeoutError:
-            raise ToolError(f"all {POOL_SIZE} connections are busy with slow statements; try again later") from None
-        try:
+        async with self.slot():
             worker = self.take() or await self.start()
             try:
                 yield worker
@@ -1005,8 +1037,6 @@ class Pool:
                 worker.kill()
                 raise
             self.idle.append(worker)
-        finally:
-            self.slots.release()
 
     def take(self) -> Worker | None:
         """An idle worker that is alive, young, and has the right files open."""
@@ -1086,8 +1116,8 @@ class TableDescription(BaseModel):
 
 
 Params = list[Any] | dict[str, Any] | None
-TABLE = Annotated[str, Field(description="Name of a table or view", max_length=1000)]
-OFFSET = Annotated[int, Field(description="Skip so many: what a cut result said", ge=0, strict=True)]
+TABLE = Annotated[str, Field(description="Name of a table or view, or schema.name", max_length=1000)]
+OFFSET = Annotated[int, Field(description="Skip so many: what a cut result said", ge=0, le=SAFE_INTEGER, strict=True)]
 NAME = ResourceSecurity(exempt_params={"schema", "table"})  # names of tables, whatever they look like, are no paths
 
 
@@ -1128,9 +1158,10 @@ def open_backend(files: Sequence[str | Path], timeout: float, allow_superuser: b
     if not 1 <= len(files) <= MAX_FILES:
         raise ConfigError(f"{len(files)} files are named; SQLite serves at least 1 and at most {MAX_FILES} together")
     paths = [check_file(file) for file in files]
-    schemas = name_schemas(paths)
-    named = zip(files, schemas[-len(files) :], strict=True)
-    return Pool(paths, schemas, timeout), ", ".join(f"{Path(file).name} as {schema}" for file, (schema, _) in named)
+    names = [Path(file).name for file in files]
+    schemas = name_schemas(names, paths)
+    served = ", ".join(f"{name} as {schema}" for name, (schema, _) in zip(names, schemas[-len(names) :], strict=True))
+    return Pool(paths, schemas, timeout), served.encode("utf-8", "backslashreplace").decode()  # a name can be any bytes
 
 
 def build_server(
@@ -1160,8 +1191,8 @@ def build_server(
         structured_output=False,
         description=f"Run one SQL statement that reads ({dialect.reads}) and return JSON: columns, rows, row_count,"
         f" truncated. A cut result ends with a line that says how to continue. {dialect.values}, blobs as their size,"
-        " cells over 10,000 characters cut, with their length. A statement is stopped after some seconds"
-        " (5 by default): filter and aggregate in SQL.",
+        f" cells over 10,000 characters cut, with their length. A statement is stopped after {timeout:g} s: filter and"
+        " aggregate in SQL.",
     )
     async def query_database(
         query: Annotated[str, sql],
@@ -1226,19 +1257,18 @@ def check_file(file: str | Path) -> Path:
     except sqlite3.Error as exc:
         code = exc.sqlite_errorname
         if not code.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):  # locked just now is no reason not to start
-            message = next((text for prefix, text in MESSAGES.items() if code.startswith(prefix)), code)
-            raise ConfigError(f"{file} cannot be served: {message}") from None
+            raise ConfigError(f"{file} cannot be served: {message_for(exc) or code}") from None
     return path
 
 
-def name_schemas(paths: Sequence[Path]) -> list[tuple[str, str]]:
-    """Schema names and URIs: the first file is main; several files also go by their own names."""
+def name_schemas(names: Sequence[str], paths: Sequence[Path]) -> list[tuple[str, str]]:
+    """Schema names and URIs: the first file is main; several files also go by their names on the command line."""
     # as_uri escapes ?, # and %: in a URI put together by hand they would open another file.
     uris = [f"{path.as_uri()}?mode=ro" for path in paths]
     schemas = [("main", uris[0])]
     taken = {"main", "temp"}
-    for path, uri in zip(paths, uris, strict=True) if len(paths) > 1 else ():
-        stem = re.sub(r"\W", "_", path.stem) or "db"
+    for file, uri in zip(names, uris, strict=True) if len(names) > 1 else ():
+        stem = re.sub(r"\W", "_", Path(file).stem) or "db"
         number = 1
         name = stem
         while name.lower() in taken:

@@ -566,6 +566,18 @@ async def test_a_worker_that_dies_is_replaced(file: Path) -> None:
         assert await rows(client, "SELECT 1") == [[1]]
 
 
+async def test_a_worker_that_does_not_start_is_not_blamed_on_the_statement(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with Client(build_server([file])) as client:
+        monkeypatch.setattr(db_server, "RECYCLE", 0.0)
+        for attribute, value in (("PROGRAM", str(tmp_path / "gone.py")), ("sys.executable", str(tmp_path / "gone"))):
+            with monkeypatch.context() as patch:
+                patch.setattr(f"db_server.{attribute}", value)
+                assert "did not start" in await refused(client, "query_database", query="SELECT 1")
+        assert await rows(client, "SELECT 1") == [[1]]
+
+
 async def test_a_worker_that_ran_out_of_memory_is_replaced(file: Path) -> None:
     server = build_server([file])
     async with Client(server) as client:
@@ -791,6 +803,13 @@ async def test_an_unknown_table_is_answered_with_the_tables_there_are(client: Cl
     assert "docs_data" not in error
 
 
+async def test_an_error_says_how_many_tables_it_does_not_name(tmp_path: Path) -> None:
+    path = make(tmp_path / "t.db", "".join(f"CREATE TABLE t{i:02} (a);" for i in range(25)))
+    async with Client(build_server([path])) as client:
+        error = await refused(client, "query_database", query="SELECT * FROM xyzzy")
+        assert error.endswith("t18, t19 and 5 more (list_tables shows them)")
+
+
 async def test_wrong_arguments_are_errors(client: Client) -> None:
     for arguments in ({"limit": "5"}, {"limit": 0}, {"limit": 10**9}, {"offset": -1}, {"offset": True}, {"Limit": 5}):
         assert await refused(client, "query_database", query="SELECT 1", **arguments)
@@ -895,6 +914,30 @@ async def test_the_description_of_a_very_wide_table_fits(tmp_path: Path) -> None
         assert "of 1900 shown" in json.loads(text)["note"]
 
 
+async def test_a_description_that_is_cut_says_what_of(tmp_path: Path) -> None:
+    script = "CREATE TABLE t (a, b);" + "".join(f"CREATE INDEX index_{i} ON t (a, b);" for i in range(100))
+    async with Client(build_server([make(tmp_path / "t.db", script)], options=Options(max_output=2_000))) as client:
+        text = await ok(client, "describe_table", table="t")
+        result = json.loads(text)
+        assert len(text) <= 2_000
+        assert len(result["columns"]) == 2
+        shown = len(result["indexes"])
+        assert 1 < shown < 100
+        assert f"no sample rows, indexes 1-{shown} of 100 shown;" in result["note"]
+
+
+async def test_a_text_that_is_cut_says_where_the_rest_is(file: Path) -> None:
+    many = " UNION ALL ".join(["SELECT id FROM customers"] * 50)
+    async with Client(build_server([file], options=Options(max_output=300))) as client:
+        plan = await ok(client, "explain_query", query=many)
+        assert re.search(r"\n\[characters 1-\d+ of \d+ shown, for the rest explain a part of the statement\]$", plan)
+        with closing(sqlite3.connect(file)) as connection:
+            connection.execute(f"CREATE VIEW v AS {many}")
+        assert (await resource(client, "schema://main/v")).endswith(
+            "query substr(sql, start, length) of sqlite_master]"
+        )
+
+
 async def resource(client: Client, uri: str) -> str:
     (content,) = (await client.read_resource(uri)).contents
     assert isinstance(content, TextResourceContents)
@@ -927,6 +970,7 @@ async def test_the_tool_list_is_small_and_says_that_nothing_is_written(client: C
     assert all(tool.annotations and tool.annotations.read_only_hint for tool in tools)
     dumped = [tool.model_dump(mode="json", by_alias=True, exclude_none=True) for tool in tools]
     assert len(json.dumps(dumped, separators=(",", ":"))) < 4_500
+    assert "is stopped after 5 s" in (tools[0].description or "")
     for tool in tools:
         assert all(schema.get("description") for schema in tool.input_schema["properties"].values())
 
@@ -971,6 +1015,31 @@ async def test_an_attached_file_can_be_read_in_all_ways_and_written_in_none(tmp_
         assert snapshot(tmp_path) == before
 
 
+async def test_a_table_of_another_file_is_found_by_the_name_that_an_error_suggests(tmp_path: Path) -> None:
+    files = [
+        make(tmp_path / "shop.db"),
+        make(tmp_path / "hr.db", 'CREATE TABLE staff (a); CREATE VIEW "x.y" AS SELECT 1'),
+    ]
+    async with Client(build_server(files)) as client:
+        for arguments in ({"table": "staff"}, {"table": "shop.staf"}, {"table": "staff", "schema": "shop"}):
+            error = await refused(client, "describe_table", **arguments)
+            assert error == f"no such table: {arguments['table']}; did you mean hr.staff?"
+        assert "hr.staff?" in await refused(client, "query_database", query="SELECT * FROM stafff")
+        assert "mean customers?" in await refused(client, "query_database", query="SELECT * FROM customer")
+        for arguments in ({"table": "HR.Staff"}, {"table": "staff", "schema": "hr"}):
+            found = json.loads(await ok(client, "describe_table", **arguments))
+            assert (found["schema"], found["table"]) == ("hr", "staff")
+        assert json.loads(await ok(client, "describe_table", table="x.y", schema="hr"))["table"] == "x.y"
+        assert "CREATE TABLE staff" in await resource(client, "schema://main/hr.staff")
+
+
+async def test_a_schema_is_named_after_the_file_as_it_was_given(tmp_path: Path) -> None:
+    make(tmp_path / "release-7.db", "CREATE TABLE t (a)")
+    (tmp_path / "current.db").symlink_to("release-7.db")
+    async with Client(build_server([tmp_path / "current.db", make(tmp_path / "other.db")])) as client:
+        assert await rows(client, "SELECT count(*) FROM current.t") == [[0]]
+
+
 @pytest.mark.parametrize(
     "name", ["a?b.db", "a#b.db", "a%20b.db", "a b.db", "ünï.db", "a'b\"c.db", "file:x.db", "-x.db"]
 )
@@ -1008,6 +1077,14 @@ async def test_an_empty_file_is_an_empty_database(tmp_path: Path) -> None:
         error = await refused(client, "query_database", query="SELECT * FROM t")
         assert error == "no such table: t; the database has no tables"
         assert (tmp_path / "empty.db").stat().st_size == 0
+
+
+async def test_a_virtual_table_whose_name_is_not_utf_8_hides_no_other(tmp_path: Path) -> None:
+    path = make(tmp_path / "t.db", "CREATE VIRTUAL TABLE xxxx USING rtree(a, b, c); CREATE TABLE t (a)")
+    path.write_bytes(path.read_bytes().replace(b"xxxx", b"x\xff\xfex"))
+    async with Client(build_server([path])) as client:
+        assert await rows(client, "SELECT count(*) FROM t") == [[0]]
+        assert r"x\\xff\\xfex" in await ok(client, "list_tables")
 
 
 async def test_a_damaged_file_is_an_error_at_the_call(tmp_path: Path) -> None:
@@ -1115,6 +1192,15 @@ def test_no_worker_outlives_its_server(stdio: Callable[..., Stdio], file: Path, 
         server.process.kill()
     server.close()
     wait_until_gone(workers)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names are text elsewhere")
+def test_a_file_whose_name_is_not_utf_8_is_served(stdio: Callable[..., Stdio], file: Path) -> None:
+    name = os.fsdecode(os.fsencode(file.parent) + b"/caf\xe9.db")
+    file.rename(name)
+    server = stdio("db_server.py", name)
+    assert "Ada" in server.text("query_database", query="SELECT name FROM customers")
+    assert r"caf\\xe9.db" in server.text("query_database", query="PRAGMA database_list")
 
 
 @pytest.mark.parametrize("runaway", ["endless CTE", "printf"])

@@ -369,6 +369,17 @@ async def test_the_seed_of_random_does_not_outlive_a_call(client: Client) -> Non
     assert await rows(client, "SELECT random()") != first
 
 
+async def test_no_statement_can_be_read_by_the_next_caller(client: Client) -> None:
+    for _ in range(2):
+        await ok(client, "query_database", query="SELECT 'sesame', $1::text", params=["sesame"])
+        await ok(client, "explain_query", query="SELECT 'sesame'")
+        await refused(client, "query_database", query="SELECT 'sesame'", offset=5)
+        await ok(client, "query_database", query="SELECT 'sesame', n FROM numbers", limit=1000)
+    for view in ("pg_prepared_statements", "pg_cursors"):
+        assert "sesame" not in await ok(client, "query_database", query=f"SELECT statement FROM {view}", limit=1000)
+    assert await rows(client, "SELECT query FROM pg_stat_activity WHERE query LIKE '%se' || 'same%'") == []
+
+
 async def test_a_notification_is_never_delivered(client: Client, database: Database) -> None:
     heard: list[object] = []
     async with as_admin(database) as connection:
@@ -539,7 +550,9 @@ async def test_cells_rows_and_results_are_bounded_and_say_so(client: Client) -> 
     text = await ok(client, "query_database", query="SELECT repeat('é', 20000), 1 FROM numbers", limit=500)
     assert len(text) < 40_000
     assert "(cut: 10000 of 20000 characters)" in text
-    assert text.endswith("continue with offset=3]")
+    assert text.endswith(
+        "[rows 1-3 shown; 3 cells cut, substr(column::text, start, length) reads on in one; continue with offset=3]"
+    )
     assert parsed(text)["truncated"] is True
     text = await ok(client, "query_database", query="SELECT n FROM numbers ORDER BY n", limit=3, offset=5)
     assert text.endswith("[rows 6-8 shown; continue with offset=8]")
@@ -547,6 +560,7 @@ async def test_cells_rows_and_results_are_bounded_and_say_so(client: Client) -> 
     assert not parsed(await ok(client, "query_database", query="TABLE orders", limit=3))["truncated"]
     message = await refused(client, "query_database", query="TABLE orders", offset=3)
     assert message == "offset=3 is past the end: the query has 3 rows; use a smaller offset"
+    assert "offset: " in await refused(client, "query_database", query="TABLE orders", offset=2**63)
     wide = ", ".join(["repeat('x', 100000)"] * 100)
     text = await ok(client, "query_database", query=f"SELECT {wide} FROM numbers")
     assert len(text) < 40_000
@@ -636,6 +650,22 @@ TYPES: dict[str, Any] = {
     "'{\"b\": 1e400}'::jsonb ->> 'b' IS NOT NULL": True,
     "'{\"a\": 12345678901234567890}'::jsonb": '{"a": 12345678901234567890}',
     "'null'::jsonb": None,
+    "json_agg(n ORDER BY n) FILTER (WHERE n < 200) FROM numbers": list(range(1, 200)),
+    "json_agg(q) FROM (SELECT n FROM numbers ORDER BY n LIMIT 150) AS q": [{"n": n} for n in range(1, 151)],
+    "array_agg(ARRAY[n] ORDER BY n) FROM numbers": [[n] for n in range(1, 1001)],
+    '\'{"card": "1234567890123456", "brackets": "\' || repeat(\'[\', 200) || \'"}\'': (
+        '{"card": "1234567890123456", "brackets": "' + "[" * 200 + '"}'
+    ),
+    '(\'{"card": "1234567890123456", "brackets": "\' || repeat(\'[\', 200) || \'"}\')::json': {
+        "card": "1234567890123456",
+        "brackets": "[" * 200,
+    },
+    'E\'{"a":\\n  [1,\\r\\n\\t2],\\n"b": "x\\\\ny"}\'::json': {"a": [1, 2], "b": "x\ny"},
+    "'[1e400]'::json": "[1e400]",
+    "'[1e-400]'::json": "[1e-400]",
+    "'[1e40]'::json": [1e40],
+    """'["\\ud800"]'::json""": r'["\ud800"]',
+    """'["\\ud83d\\ude00"]'::json""": ["😀"],
     "repeat('[', 2000)::text || repeat(']', 2000)": "[" * 2000 + "]" * 2000,
     "(repeat('[', 2000) || repeat(']', 2000))::json": "[" * 2000 + "]" * 2000,
     "'\\xdeadbeef'::bytea": "(blob, 4 bytes; encode(column, 'hex') shows them)",
@@ -678,6 +708,7 @@ PARAMETERS: list[tuple[str, Any, Any]] = [
     ("SELECT :a || ':a' || $$:a$$ || \"name\" /* :a */ FROM customers LIMIT 1 -- :a", {":a": "x"}, "x:a:aAda"),
     ("SELECT (ARRAY[1,2,3])[1:2], :n::int", {"n": 5}, [1, 2]),
     ("SELECT $1", ["it's; -- $1"], "it's; -- $1"),
+    (r"SELECT name'\', :a::text", {"a": "x"}, "\\"),
     ("SELECT $1::date", ["2024-02-29"], "2024-02-29"),
     ("SELECT $1::timestamptz = '2024-02-29T00:00:00Z'", ["2024-02-29T00:00:00Z"], True),
     ("SELECT $1::numeric", ["12345678901234567890.5"], "12345678901234567890.5"),
@@ -717,6 +748,8 @@ async def test_parameters_of_any_type_are_plain_json(client: Client, query: str,
         ("SELECT $1::text", ["\0"], "0x00"),
         ("SELECT $1::text", ["\udfff"], "surrogate"),
         ("SELECT $1::int", [[1]], "invalid input syntax"),
+        ("SELECT ?", [1], "placeholders are $1, $2 ... with a list, :name with an object"),
+        ("SELECT :a", [1], "placeholders are $1, $2 ... with a list, :name with an object"),
         ("SELECT $70000", [1], ""),
         ("SELECT " + "x" * 200_000, [], "at most 100000"),
     ],
@@ -835,6 +868,53 @@ async def test_describe_table_copes_with_slow_hidden_and_foreign_ones(client: Cl
     for table in ("secrets", "hidden.secrets", "slow"):
         assert "no such table" in await refused(reader, "describe_table", table=table)
     assert "customers" in await refused(reader, "describe_table", table="customer")
+
+
+@pytest.mark.parametrize(
+    ("columns", "values", "sample"),
+    [
+        ("", "", []),
+        ("x json", r"""VALUES ('["\ud800"]')""", [[r'["\ud800"]']]),
+        ("x json", "VALUES ('[1e400]')", [["[1e400]"]]),
+    ],
+    ids=["no columns", "half a character", "more than a double"],
+)
+async def test_describe_table_does_not_fail_on_a_hard_table(
+    client: Client, database: Database, columns: str, values: str, sample: list[Any]
+) -> None:
+    async with as_admin(database) as connection:
+        await connection.execute(f"CREATE TABLE hard ({columns}); GRANT SELECT ON hard TO app")
+        try:
+            await connection.execute(f"INSERT INTO hard {values or 'DEFAULT VALUES'}")
+            assert json.loads(await ok(client, "describe_table", table="hard"))["sample_rows"] == sample
+        finally:
+            await connection.execute("DROP TABLE hard")
+
+
+async def test_a_type_that_has_no_values_is_an_error_that_says_what_to_do(client: Client) -> None:
+    error = await refused(client, "query_database", query="SELECT * FROM pg_stats")
+    assert error == "a column has the type anyarray, which has no values; cast it to text, name the others"
+    assert "anyarray" in await refused(client, "query_database", query="SELECT s FROM pg_stats AS s")
+    query = "SELECT histogram_bounds::text FROM pg_stats WHERE tablename = 'numbers'"
+    assert (await rows(client, query))[0][0].startswith("{1,")
+    assert "anyarray" in json.loads(await ok(client, "describe_table", table="pg_stats", schema="pg_catalog"))["note"]
+
+
+async def test_a_table_of_another_schema_is_found_by_the_name_that_an_error_suggests(
+    client: Client, database: Database
+) -> None:
+    async with as_admin(database) as connection:
+        await connection.execute("CREATE TABLE app.staff (a int); CREATE TABLE app.orders (a int)")
+        try:
+            await connection.execute("GRANT SELECT ON app.staff, app.orders TO app")
+            for table in ("staff", "public.staff", "app.staf"):
+                error = await refused(client, "describe_table", table=table)
+                assert error == f"no such table: {table}; did you mean app.staff?"
+            found = json.loads(await ok(client, "describe_table", table="app.staff"))
+            assert (found["schema"], found["table"]) == ("app", "staff")
+            assert "app.orders or orders" in await refused(client, "query_database", query="SELECT * FROM app.order")
+        finally:
+            await connection.execute("DROP TABLE app.staff, app.orders")
 
 
 async def test_resources_are_the_create_statements(client: Client, reader: Client) -> None:
@@ -958,6 +1038,20 @@ async def test_a_server_closes_its_connections_and_can_be_used_again(database: D
     async with as_admin(database) as connection:
         deadline = time.monotonic() + 2
         while await connection.fetchval("SELECT count(*) FROM pg_stat_activity WHERE usename = 'reader'"):
+            assert time.monotonic() < deadline
+            await anyio.sleep(0.02)
+
+
+async def test_a_look_at_the_database_leaves_no_connection_behind(database: Database) -> None:
+    pool = build_server([database.url("reader")]).pool
+    assert isinstance(pool, db_postgres.PostgresPool)
+    for _ in range(3):
+        await pool.check()
+    assert pool.opened == {}
+    async with as_admin(database) as connection, pool.running():
+        deadline = time.monotonic() + 5
+        ours = "SELECT count(*) FROM pg_stat_activity WHERE usename = 'reader'"
+        while await connection.fetchval(ours) != db_postgres.MIN_POOL:
             assert time.monotonic() < deadline
             await anyio.sleep(0.02)
 
