@@ -34,6 +34,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Generic, NoReturn, TypeVar, cast
@@ -41,13 +42,14 @@ from typing import Any, Generic, NoReturn, TypeVar, cast
 import anyio
 import anyio.to_thread
 from mcp.server import MCPServer
+from mcp.server.lowlevel.helper_types import ReadResourceContents
 from mcp.server.mcpserver import Context
-from mcp.server.mcpserver.exceptions import ToolError, UnexpectedToolError
+from mcp.server.mcpserver.exceptions import ResourceError, ToolError, UnexpectedToolError
 from mcp.server.stdio import stdio_server
 from mcp.shared.message import SessionMessage
-from mcp_types import CallToolResult, TextContent, Tool, ToolAnnotations
+from mcp_types import CallToolResult, InputRequiredResult, TextContent, Tool, ToolAnnotations
 from mcp_types.jsonrpc import jsonrpc_message_adapter
-from pydantic import ValidationError
+from pydantic import AnyUrl, ValidationError
 
 gc.freeze()
 gc.enable()
@@ -733,6 +735,35 @@ class Server(MCPServer[Any]):
             facts["ms"] = round((time.perf_counter() - started) * 1000, 1)
             self._audit(name, arguments, facts)
 
+    async def read_resource(
+        self, uri: AnyUrl | str, context: Context[Any, Any] | None = None
+    ) -> Iterable[ReadResourceContents] | InputRequiredResult:
+        """Read one resource, limited and recorded like a tool call. Raises ResourceError."""
+        return await self.recorded("resources/read", {"uri": str(uri)}, partial(super().read_resource, uri, context))
+
+    async def recorded(self, name: str, arguments: dict[str, Any], read: Callable[[], Awaitable[T]]) -> T:
+        """Do what a client asks for besides tools, within the rate and the time limit. Raises ResourceError."""
+        started = time.perf_counter()
+        facts: dict[str, object] = {"outcome": "error", "ms": 0.0}
+        facts |= {"token": caller()} if caller() else {}
+        try:
+            self._take_token()
+            async with asyncio.timeout(TIME_LIMIT):
+                result = await read()
+            facts["outcome"] = "ok"
+            return result
+        except TimeoutError:
+            facts["outcome"] = "timeout"
+            raise ResourceError(f"{name} did not finish within {TIME_LIMIT:g} s; try again later") from None
+        except ToolError as exc:
+            raise ResourceError(str(exc)) from None
+        except asyncio.CancelledError:
+            facts["outcome"] = "cancelled"
+            raise
+        finally:
+            facts["ms"] = round((time.perf_counter() - started) * 1000, 1)
+            self._audit(name, arguments, facts)
+
     async def _refuse_bad_call(self, name: str, arguments: dict[str, Any]) -> None:
         await self.list_tools()
         if name not in self._tools:
@@ -743,6 +774,9 @@ class Server(MCPServer[Any]):
             if argument not in valid:
                 takes = ", ".join(valid) or "no arguments"
                 raise ToolError(f"unknown argument: {argument}; {name} takes {takes}")
+        self._take_token()
+
+    def _take_token(self) -> None:
         if self.options.rate_limit is None:
             return
         calls, seconds = self.options.rate_limit

@@ -853,6 +853,7 @@ import argparse
 import stat
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 from urllib.parse import quote
@@ -861,7 +862,8 @@ import anyio
 from common import READ_ONLY, ConfigError, Options, Server, argument_parser, in_thread_of_its_own, serve, trailer
 from mcp.server.mcpserver.exceptions import ResourceError, ResourceNotFoundError, ToolError
 from mcp.server.mcpserver.resources.templates import ResourceSecurity
-from mcp_types import Resource
+from mcp.shared.exceptions import MCPError
+from mcp_types import INTERNAL_ERROR, Resource
 from pydantic import BaseModel, Field
 
 POSTGRES = ("postgresql://", "postgres://")
@@ -1129,11 +1131,11 @@ class DatabaseServer(Server):
         self.pool = pool
 
     async def list_resources(self) -> list[Resource]:
-        """One resource for each table or view."""
+        """One resource for each table or view. Raises MCPError."""
         try:
-            found = json.loads(await self.pool.call(all_tables))
-        except ToolError as exc:
-            raise ResourceError(str(exc)) from None
+            found = json.loads(await self.recorded("resources/list", {}, partial(self.pool.call, all_tables)))
+        except ResourceError as exc:
+            raise MCPError(INTERNAL_ERROR, str(exc)) from None
         return [
             Resource(
                 uri=f"schema://{quote(schema, safe='')}/{quote(table, safe='')}",

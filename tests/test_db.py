@@ -944,6 +944,26 @@ async def resource(client: Client, uri: str) -> str:
     return content.text
 
 
+async def test_resources_count_as_calls_do_and_are_written_down(file: Path, tmp_path: Path) -> None:
+    options = Options(rate_limit=(3, 1000), audit_log=tmp_path / "audit.jsonl")
+    async with Client(build_server([file], options=options)) as client:
+        await client.list_resources()
+        await resource(client, "schema://main/orders")
+        with pytest.raises(MCPError, match="no such table"):
+            await resource(client, "schema://main/nothing")
+        for ask in (client.list_resources, lambda: resource(client, "schema://main/orders")):
+            with pytest.raises(MCPError, match="rate limit reached"):
+                await ask()
+    lines = [json.loads(line) for line in (tmp_path / "audit.jsonl").read_text().splitlines()]
+    assert [(line["tool"], line["arguments"].get("uri"), line["outcome"]) for line in lines] == [
+        ("resources/list", None, "ok"),
+        ("resources/read", "schema://main/orders", "ok"),
+        ("resources/read", "schema://main/nothing", "error"),
+        ("resources/list", None, "error"),
+        ("resources/read", "schema://main/orders", "error"),
+    ]
+
+
 async def test_create_statements_are_resources(client: Client, file: Path) -> None:
     name = "odd/na%me ?#.."
     with closing(sqlite3.connect(file)) as connection:
