@@ -168,7 +168,7 @@ def build_server(
         files = Files(directories, deny, allow_secrets)
     except ToolError as exc:
         raise ConfigError(f"--deny: {exc}") from None
-    names = ", ".join(root.path for root in files.sandbox.roots)
+    names = ", ".join(printable(root.path) for root in files.sandbox.roots)
     does = "Reads, lists, finds, searches and changes" if write else "Reads, lists, finds and searches"
     health = in_thread_of_its_own(files.sandbox.check)
     server = Server("fs-server", f"{does} the files in {names}, and nothing else.", options, health=health)

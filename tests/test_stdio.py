@@ -279,3 +279,11 @@ def check_unreadable_entries(tmp_path: Path) -> None:
     code, found = call("search_text", "path=.", "pattern=needle")
     assert found == "./open/a.txt:1:needle\n[skipped 1 unreadable directories; skipped 1 unreadable files]\n"
     (tmp_path / "closed").chmod(0o755)
+
+
+def test_a_directory_whose_name_is_no_text_is_served(tmp_path: Path, stdio: Start) -> None:
+    directory = tmp_path / os.fsdecode(b"caf\xe9")
+    directory.mkdir()
+    (directory / "note.txt").write_text("hello")
+    server = stdio("fs_server.py", str(directory))
+    assert server.call("read_file", path="note.txt")["content"][0]["text"] == "hello"
