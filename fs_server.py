@@ -1482,7 +1482,7 @@ def refuse_unprotecting(files: Files, old: Located, new: Located, work: Work) ->
 
 def add_writing_tools(server: Server, files: Files) -> None:
     """Adds the tools that change files: they are there only with --write."""
-    files.remove_leftovers()
+    THREADS.submit(files.remove_leftovers)  # nobody waits for it: a big or slow tree must not delay the start
 
     @server.tool(annotations=REPLACES, structured_output=False)
     async def write_file(

@@ -8,6 +8,7 @@ import resource
 import signal
 import stat
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -619,6 +620,9 @@ def test_killed_at_any_moment_the_old_or_the_new_content_is_there_whole(root: Pa
         assert (root / "file.txt").read_text() in contents
     (root / f".fs-server-{'0' * 16}.tmp").write_text("of a server that was killed")
     stdio("fs_server.py", str(root), "--write")
+    patience = time.monotonic() + 10
+    while leftovers(root) and time.monotonic() < patience:
+        time.sleep(0.01)
     assert sorted(os.listdir(root)) == ["file.txt", "note.txt", "sub"]
 
 
