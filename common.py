@@ -833,11 +833,12 @@ class Server(MCPServer[Any]):
 
 MAX_BODY = 4 * 1024 * 1024  # bytes of a request; larger files than that are not written by a model
 ARRIVAL_TIME = 15.0  # seconds for a request to arrive whole
-IDLE_TIME = 75.0  # seconds an idle connection stays: longer than clients and proxies keep theirs, which send into it
 ANSWER_TIME = 45.0  # seconds after that to answer it: a tool's 30, and time to send the result
+IDLE_TIME = 75.0  # seconds an idle connection stays: clients and proxies would send into one that is closed earlier
 DRAIN_TIME = 10  # seconds that calls in flight may still take after SIGTERM
 HEALTH_TIME = 5.0  # seconds until a resource that does not answer counts as gone
-BACKLOG = 64  # connections that are accepted in one go, and that wait for it
+MAX_CONNECTIONS = 1_000  # or half of the files that the process may open: the other half is for those that calls open
+BACKLOG = 64  # connections that are accepted in one go
 MIN_TOKEN = 32  # characters: such a token cannot be guessed, and its short hash in the audit log tells nothing
 
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
@@ -971,22 +972,17 @@ class Gate:
             tasks.cancel_scope.cancel()
 
 
-def _connection_limit() -> int:
-    """Half of the files that the process may open; the other half is for those that calls open."""
-    if sys.platform == "win32":
-        return 1_000
-    import resource
-
-    return max(BACKLOG, min(resource.getrlimit(resource.RLIMIT_NOFILE)[0], 20_000) // 2)
-
-
 def _impatient_protocol() -> type[asyncio.Protocol]:
     """uvicorn's HTTP/1.1 with an end to waiting, and to connections. It has none for a request that never arrives whole
     nor for an answer that is never taken: a thousand such connections would use up the descriptors, and the server."""
     import h11
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
-    limit = _connection_limit()
+    limit = MAX_CONNECTIONS
+    if sys.platform != "win32":
+        import resource
+
+        limit = max(BACKLOG, min(limit, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2))
     connections: dict[Any, None] = {}  # the oldest first
 
     class ImpatientProtocol(H11Protocol):
@@ -1014,11 +1010,9 @@ def _impatient_protocol() -> type[asyncio.Protocol]:
             # What still comes of a request that was refused is parsed and dropped. One-byte chunks take so long to
             # parse that two such connections without a token would make everybody else wait for seconds.
             cycle: Any = self.cycle
-            if cycle and cycle.response_complete and self.conn.their_state is h11.SEND_BODY and self._is_chunked():
+            refused = cycle and cycle.response_complete and self.conn.their_state is h11.SEND_BODY
+            if refused and any(name == b"transfer-encoding" for name, _ in self.headers):
                 self.transport.abort()
-
-        def _is_chunked(self) -> bool:
-            return any(name == b"transfer-encoding" for name, _ in self.headers)
 
         def _wait(self, seconds: float) -> None:
             self._timer.cancel()

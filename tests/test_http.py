@@ -467,6 +467,15 @@ def test_connections_that_never_send_or_never_read_are_ended(tmp_path: Path, htt
     assert server.text("wait", seconds=0, text="still here") == "still here"
 
 
+def test_a_large_answer_may_take_longer_to_send_than_a_request_to_arrive(tmp_path: Path, http: Start) -> None:
+    server = http(str(WAITING_SERVER), str(tmp_path), "--arrival", "1", "--max-output", "0")
+    with server.connect() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.sendall(post(tool_call("much", characters=20_000_000)))
+        time.sleep(2.5)
+        assert len(read_all(connection)) > 20_000_000
+
+
 def test_the_server_answers_while_a_hundred_requests_drip(open_server: Http) -> None:
     stop = threading.Event()
 
