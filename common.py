@@ -837,8 +837,7 @@ ANSWER_TIME = 45.0  # seconds after that to answer it: a tool's 30, and time to 
 IDLE_TIME = 75.0  # seconds an idle connection stays: clients and proxies would send into one that is closed earlier
 DRAIN_TIME = 10  # seconds that calls in flight may still take after SIGTERM
 HEALTH_TIME = 5.0  # seconds until a resource that does not answer counts as gone
-MAX_CONNECTIONS = 1_000  # or half of the files that the process may open: the other half is for those that calls open
-BACKLOG = 64  # connections that are accepted in one go
+MAX_CONNECTIONS = 1_000  # or half of the files that the process may open: the rest is for those that calls open
 MIN_TOKEN = 32  # characters: such a token cannot be guessed, and its short hash in the audit log tells nothing
 
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
@@ -972,17 +971,21 @@ class Gate:
             tasks.cancel_scope.cancel()
 
 
+def _connection_limit() -> int:
+    if sys.platform == "win32":
+        return MAX_CONNECTIONS
+    import resource
+
+    return max(32, min(MAX_CONNECTIONS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2))
+
+
 def _impatient_protocol() -> type[asyncio.Protocol]:
     """uvicorn's HTTP/1.1 with an end to waiting, and to connections. It has none for a request that never arrives whole
     nor for an answer that is never taken: a thousand such connections would use up the descriptors, and the server."""
     import h11
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
-    limit = MAX_CONNECTIONS
-    if sys.platform != "win32":
-        import resource
-
-        limit = max(BACKLOG, min(limit, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2))
+    limit = _connection_limit()
     connections: dict[Any, None] = {}  # the oldest first
 
     class ImpatientProtocol(H11Protocol):
@@ -1068,7 +1071,8 @@ async def _serve_http(server: Server, sockets: list[socket.socket], hosts: Seque
         cast("Any", Gate(app, server, tokens)),
         http=_impatient_protocol(),
         ws="none",
-        backlog=BACKLOG,
+        # So many are accepted in one go, and three times more before the oldest ones for which they came are closed.
+        backlog=_connection_limit() // 8,
         timeout_keep_alive=int(IDLE_TIME),
         log_config=None,
         log_level="error",
