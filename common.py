@@ -859,10 +859,12 @@ class Server(MCPServer[Any]):
 # speaks the protocol and checks Host and Origin, uvicorn serves it; here is who may call, and how long all may take.
 
 MAX_BODY = 4 * 1024 * 1024  # bytes of a request; larger files than that are not written by a model
-ARRIVAL_TIME = 15.0  # seconds for a request to arrive whole, and for an idle connection to stay
+ARRIVAL_TIME = 15.0  # seconds for a request to arrive whole
 ANSWER_TIME = 45.0  # seconds after that to answer it: a tool's 30, and time to send the result
+IDLE_TIME = 75.0  # seconds an idle connection stays: clients and proxies would send into one that is closed earlier
 DRAIN_TIME = 10  # seconds that calls in flight may still take after SIGTERM
 HEALTH_TIME = 5.0  # seconds until a resource that does not answer counts as gone
+MAX_CONNECTIONS = 1_000  # or half of the files that the process may open: the rest is for those that calls open
 MIN_TOKEN = 32  # characters: such a token cannot be guessed, and its short hash in the audit log tells nothing
 
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
@@ -936,7 +938,10 @@ class Gate:
                 401,
                 {"WWW-Authenticate": f'Bearer realm="{self.server.name}", error="invalid_token"'},
             )
-        elif scope["path"] == "/mcp" and scope["method"] != "POST":
+        elif scope["path"] != "/mcp":
+            # The SDK's router would lead /mcp/ to the Host header's name: to another machine, or from https to http.
+            answer = PlainTextResponse("nothing is served here; send requests to /mcp", 404)
+        elif scope["method"] != "POST":
             # Without sessions there is nothing to GET or DELETE; a stream of no events would only hold up the end.
             answer = PlainTextResponse("this server has no sessions; send requests with POST", 405, {"Allow": "POST"})
         else:
@@ -993,30 +998,72 @@ class Gate:
             tasks.cancel_scope.cancel()
 
 
+def _connection_limit() -> int:
+    if sys.platform == "win32":
+        return MAX_CONNECTIONS
+    import resource
+
+    return max(32, min(MAX_CONNECTIONS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2))
+
+
 def _impatient_protocol() -> type[asyncio.Protocol]:
-    """uvicorn's HTTP/1.1 with an end to waiting. It has none for a request that never arrives whole nor for an answer
-    that is never taken: a thousand such connections would use up the descriptors, and the server with them."""
+    """uvicorn's HTTP/1.1 with an end to waiting, and to connections. It has none for a request that never arrives whole
+    nor for an answer that is never taken: a thousand such connections would use up the descriptors, and the server."""
+    import h11
     from uvicorn.protocols.http.h11_impl import H11Protocol
+
+    limit = _connection_limit()
+    connections: dict[Any, None] = {}  # the oldest first
 
     class ImpatientProtocol(H11Protocol):
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
             # The body is written after the headers, and without this it waits for an acknowledgement: 40 ms a call.
             transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            cast("Any", transport).max_size = 16_384  # bytes read, and parsed, before others have their turn
             self._timer = self.loop.call_later(ARRIVAL_TIME, self._give_up, False)
+            connections[self] = None
+            if len(connections) > limit:  # a client needs its connection for milliseconds, an attacker keeps it
+                oldest = next(connection for connection in connections if not connection.in_call())
+                del connections[oldest]
+                oldest.transport.abort()
+
+        def in_call(self) -> bool:
+            """Whether a request has arrived whole and is not answered yet."""
+            cycle: Any = self.cycle
+            return bool(cycle) and not cycle.more_body and not cycle.response_complete
+
+        def data_received(self, data: bytes) -> None:
+            if self.timeout_keep_alive_task:  # idle until now
+                self._wait(ARRIVAL_TIME)
+            super().data_received(data)
+            # What still comes of a request that was refused is parsed and dropped. One-byte chunks take so long to
+            # parse that two such connections without a token would make everybody else wait for seconds.
+            cycle: Any = self.cycle
+            refused = cycle and cycle.response_complete and self.conn.their_state is h11.SEND_BODY
+            if refused and any(name == b"transfer-encoding" for name, _ in self.headers):
+                self.transport.abort()
+
+        def _wait(self, seconds: float) -> None:
+            self._timer.cancel()
+            self._timer = self.loop.call_later(seconds, self._give_up, False)
 
         def on_response_complete(self) -> None:
-            self._timer.cancel()
-            self._timer = self.loop.call_later(ARRIVAL_TIME, self._give_up, False)
+            self._wait(IDLE_TIME)
             super().on_response_complete()
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._timer.cancel()
+            connections.pop(self, None)
             super().connection_lost(exc)
 
+        def shutdown(self) -> None:
+            super().shutdown()
+            if not self.in_call():  # a request that is still arriving is a new one
+                self.transport.close()
+
         def _give_up(self, answering: bool) -> None:
-            cycle: Any = self.cycle
-            if cycle and not cycle.more_body and not cycle.response_complete and not answering:
+            if self.in_call() and not answering:
                 self._timer = self.loop.call_later(ANSWER_TIME, self._give_up, True)
             else:
                 self.transport.abort()
@@ -1051,6 +1098,9 @@ async def _serve_http(server: Server, sockets: list[socket.socket], hosts: Seque
         cast("Any", Gate(app, server, tokens)),
         http=_impatient_protocol(),
         ws="none",
+        # So many are accepted in one go, and three times more before the oldest ones for which they came are closed.
+        backlog=_connection_limit() // 8,
+        timeout_keep_alive=int(IDLE_TIME),
         log_config=None,
         log_level="error",
         access_log=False,  # it would write down whatever a caller puts into a path; the audit log tells who did what

@@ -64,7 +64,7 @@ def main() -> int:
     try:
         server = ThreadingHTTPServer(("127.0.0.1", args.port), Handler)
     except OSError as exc:
-        parser.error(f"port {args.port}: {exc.strerror}")
+        parser.error(f"port {args.port}: {exc.strerror}; is it running already? --port N and local.json take another")
     with server:
         if not args.script:
             print(f"http://127.0.0.1:{server.server_port}/v1/users answers; Ctrl-C ends", file=sys.stderr)

@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
+from http.client import HTTPResponse
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +43,13 @@ def request(method: str, modern: bool = False, **params: Any) -> tuple[dict[str,
 class Http:
     """A server as a real process on a port of its own."""
 
-    def __init__(self, *arguments: str, token: str | None = None, address: str = "0") -> None:
+    def __init__(self, *arguments: str, token: str | None = None, address: str = "0", files: int = 1024) -> None:
         env = {name: value for name, value in os.environ.items() if name != "MCP_AUTH_TOKEN"}
         if token is not None:
             env["MCP_AUTH_TOKEN"] = token
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed in close()
         self.process = subprocess.Popen(
-            [sys.executable, *arguments, "--http", address],
+            ["sh", "-c", f'ulimit -n {files} && exec "$0" "$@"', sys.executable, *arguments, "--http", address],
             stdin=subprocess.DEVNULL,
             stderr=self.errors,
             cwd=PROJECT,
@@ -138,6 +139,14 @@ def read_all(connection: socket.socket) -> bytes:
     except ConnectionError:
         pass
     return received
+
+
+def read_answer(connection: socket.socket) -> int:
+    """Read one answer and no further; returns its status."""
+    with HTTPResponse(connection) as response:
+        response.begin()
+        response.read()
+        return response.status
 
 
 def post(body: bytes, *lines: str, length: int | None = None) -> bytes:

@@ -29,6 +29,7 @@ from over_http import (
     Http,
     post,
     read_all,
+    read_answer,
     request,
     round_robin,
     tool_call,
@@ -321,6 +322,14 @@ def test_there_are_no_sessions_and_no_streams_to_hold_open(open_server: Http) ->
     assert "mcp-session-id" not in response.headers
 
 
+@pytest.mark.parametrize("path", ["/mcp/", "//mcp", "/", "/mcp/x", "http://evil.example/mcp"])
+def test_another_path_is_not_found_and_leads_nowhere(path: str, open_server: Http) -> None:
+    answer = open_server.raw(post(TOOLS_LIST).replace(b" /mcp ", f" {path} ".encode(), 1))
+    assert answer.startswith(b"HTTP/1.1 404")
+    assert b"location" not in answer
+    assert answer.endswith(b"send requests to /mcp")
+
+
 def test_a_request_of_more_than_four_megabytes_is_refused(tmp_path: Path, http: Start) -> None:
     server = http("fs_server.py", str(tmp_path), "--write")
     server.text("write_file", path="fits", content="x" * 4_000_000)
@@ -428,7 +437,8 @@ def test_a_thousand_hostile_requests_leave_the_server_as_it_was(
 
 
 def test_connections_that_never_send_or_never_read_are_ended(tmp_path: Path, http: Start) -> None:
-    server = http(str(WAITING_SERVER), str(tmp_path), "--arrival", "1", "--answer", "1", "--max-output", "0")
+    times = ("--arrival", "1", "--answer", "1", "--idle", "1")
+    server = http(str(WAITING_SERVER), str(tmp_path), *times, "--max-output", "0")
     before = server.descriptors()
     slow = [server.connect() for _ in range(100)]
     body = tool_call("much", characters=20_000_000)
@@ -457,6 +467,14 @@ def test_connections_that_never_send_or_never_read_are_ended(tmp_path: Path, htt
     assert server.text("wait", seconds=0, text="still here") == "still here"
 
 
+def test_a_large_answer_may_take_longer_to_send_than_a_request_to_arrive(tmp_path: Path, http: Start) -> None:
+    server = http(str(WAITING_SERVER), str(tmp_path), "--arrival", "1", "--max-output", "0")
+    with server.connect() as connection:
+        connection.sendall(post(tool_call("much", characters=20_000_000)))  # more than the sockets' buffers hold
+        time.sleep(2.5)
+        assert len(read_all(connection)) > 20_000_000
+
+
 def test_the_server_answers_while_a_hundred_requests_drip(open_server: Http) -> None:
     stop = threading.Event()
 
@@ -475,6 +493,99 @@ def test_the_server_answers_while_a_hundred_requests_drip(open_server: Http) -> 
             assert open_server.text("read_file", path="a.txt") == "hello\n"
             assert time.monotonic() - started < 5
         stop.set()
+
+
+def test_more_connections_than_the_process_may_open_files_leave_the_server_answering(files: Path, http: Start) -> None:
+    server = http("fs_server.py", str(files), token=TOKEN, files=512)
+    idle = [server.connect() for _ in range(600)]
+    try:
+        for _ in range(20):
+            with httpx.Client(base_url=server.url, trust_env=False) as server.client:  # a connection of its own
+                assert server.text("read_file", token=TOKEN, path="a.txt") == "hello\n"
+                assert server.health() == 200
+        assert server.descriptors() < 480
+        assert len(server.log()) < 2000
+    finally:
+        for connection in idle:
+            connection.close()
+
+
+def test_a_call_keeps_its_connection_when_there_are_too_many(tmp_path: Path, http: Start) -> None:
+    server = http(str(WAITING_SERVER), str(tmp_path), files=256)
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(server.text, "wait", seconds=2, text="finished")
+        while not (tmp_path / "begun").exists():
+            time.sleep(0.02)
+        idle = [server.connect() for _ in range(300)]
+        assert running.result() == "finished"
+        for connection in idle:
+            connection.close()
+
+
+CHUNKED = b"POST /mcp HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\n"
+
+
+def test_a_refused_request_that_goes_on_in_chunks_is_not_read_on(closed_server: Http) -> None:
+    with closed_server.connect() as connection:
+        connection.settimeout(10)  # the server's own limit is 15
+        connection.sendall(CHUNKED + b"1\r\nx\r\n")
+        received = connection.recv(65_536)
+        assert received.startswith(b"HTTP/1.1 401")
+        try:
+            while received:
+                connection.sendall(b"1\r\nx\r\n" * 1000)
+                received = connection.recv(65_536)
+        except ConnectionError:
+            pass
+
+
+def test_a_refused_request_whose_body_ends_leaves_the_connection_open(closed_server: Http) -> None:
+    with closed_server.connect() as connection:
+        for _ in range(2):
+            connection.sendall(CHUNKED)
+            assert read_answer(connection) == 401
+            connection.sendall(b"1\r\nx\r\n0\r\n\r\n")
+        connection.sendall(post(TOOLS_LIST, f"authorization: Bearer {TOKEN}"))
+        assert read_answer(connection) == 200
+
+
+def test_others_hardly_wait_while_bodies_of_tiny_chunks_arrive(closed_server: Http) -> None:
+    stop = threading.Event()
+
+    def flood() -> None:
+        while not stop.is_set():
+            try:
+                with closed_server.connect() as connection:
+                    connection.sendall(CHUNKED)
+                    while not stop.is_set():
+                        connection.sendall(b"1\r\nx\r\n" * 10_000)
+            except OSError:
+                pass
+
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(2):
+            pool.submit(flood)
+        started = time.monotonic()
+        try:
+            for _ in range(10):
+                assert closed_server.text("read_file", token=TOKEN, path="a.txt") == "hello\n"
+            assert time.monotonic() - started < 20
+        finally:
+            stop.set()
+
+
+def test_an_idle_connection_outlives_those_that_clients_keep(tmp_path: Path, http: Start) -> None:
+    (tmp_path / "healthy").touch()
+    server = http(str(WAITING_SERVER), str(tmp_path), "--arrival", "1")
+    get = b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n"
+    with server.connect() as connection:
+        for pause in (5.5, 0):  # httpx uses a connection again for 5 seconds: closed by then, it must not be
+            connection.sendall(get)
+            assert read_answer(connection) == 200
+            time.sleep(pause)
+        connection.sendall(get[:-1])
+        connection.settimeout(10)
+        assert read_all(connection) == b""  # a request that begins has its own time to arrive in
 
 
 # ------------------------------------------------------------------------------------------------------ many clients
@@ -663,6 +774,17 @@ def test_sigterm_waits_no_longer_than_ten_seconds(tool: str, tmp_path: Path, htt
         assert 9 < time.monotonic() - started < 16
         with pytest.raises((httpx.TransportError, AssertionError)):
             running.result()
+
+
+def test_sigterm_does_not_wait_for_a_request_that_is_still_arriving(files: Path, http: Start) -> None:
+    server = http("fs_server.py", str(files))
+    with server.connect() as connection:
+        connection.sendall(post(TOOLS_LIST)[:-1])
+        assert server.health() == 200
+        started = time.monotonic()
+        assert server.terminate() == 0
+        assert time.monotonic() - started < 8
+    assert "Traceback" not in server.log()
 
 
 def test_sigterm_ends_an_idle_server_at_once(files: Path, http: Start) -> None:

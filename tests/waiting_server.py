@@ -53,6 +53,7 @@ if __name__ == "__main__":
     parser.add_argument("directory", type=Path)
     parser.add_argument("--arrival", type=float, default=common.ARRIVAL_TIME)
     parser.add_argument("--answer", type=float, default=common.ANSWER_TIME)
+    parser.add_argument("--idle", type=float, default=common.IDLE_TIME)
     arguments = parser.parse_args()
-    common.ARRIVAL_TIME, common.ANSWER_TIME = arguments.arrival, arguments.answer
+    common.ARRIVAL_TIME, common.ANSWER_TIME, common.IDLE_TIME = arguments.arrival, arguments.answer, arguments.idle
     serve(parser, lambda args, options: build_server(args.directory, options))
