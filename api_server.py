@@ -590,6 +590,9 @@ def parse_base_url(text: str) -> httpx.URL:
     return url.copy_with(raw_path=url.raw_path.rstrip(b"/") or b"/")
 
 
+VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
+
+
 def expand_header(name: str, template: str, environ: Mapping[str, str]) -> tuple[str, list[str]]:
     """The value with each ${VAR} filled in, and the secrets in it. Raises ConfigError, never showing a value."""
     if not re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,100}", name) or name.lower() in FRAMING_HEADERS:
@@ -608,9 +611,8 @@ def expand_header(name: str, template: str, environ: Mapping[str, str]) -> tuple
         found.append(value)
         return value
 
-    variable = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
-    value = variable.sub(fill, template)
-    if "${" in variable.sub("", template):
+    value = VARIABLE.sub(fill, template)
+    if "${" in VARIABLE.sub("", template):
         raise ConfigError(f"headers.{name}: holds a ${{ that is no ${{VARIABLE_NAME}}")
     if not value.isascii() or not value.isprintable() or value != value.strip() or not value:
         raise ConfigError(f"headers.{name}: the value is empty, or holds a line break or another forbidden character")
@@ -636,6 +638,11 @@ class Config:
 
     targets: list[Target]
     mask: Masker
+
+    @property
+    def variables(self) -> list[str]:
+        """The environment variables that the file needs."""
+        return sorted({name for target in self.targets for name in VARIABLE.findall(str(target.api.headers))})
 
     def check(self) -> str:
         """What the server will do, as JSON, secrets masked: the answer to --check."""
@@ -1632,6 +1639,7 @@ def main() -> None:
         config = load_config(args.apis, os.environ)
         server = build_server(config, options)
         server.health = in_thread_of_its_own(partial(load_config, args.apis, os.environ))
+        server.variables = config.variables
         if args.check:
             print(config.check())
             sys.exit(0)

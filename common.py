@@ -500,6 +500,8 @@ class Sandbox:
     def __init__(self, roots: Iterable[str | Path]) -> None:
         self.roots: list[Root] = []
         for given in roots:
+            if given == "":  # a variable that is not set; it would stand for the current directory
+                raise ConfigError("an empty name is no directory; name an existing directory")
             path = os.path.realpath(os.path.expanduser(given))
             if not os.path.isdir(path):
                 raise ConfigError(f"{given} is not a directory; name an existing directory")
@@ -679,11 +681,14 @@ class Server(MCPServer[Any]):
         self._redact = redact
         self._tools: dict[str, Tool] = {}  # as they are listed; made at the first need
         self.health = health
+        self.variables: Sequence[str] = ()  # names of environment variables without which it does not start
         self._buckets: dict[str, TokenBucket] = {}  # one for each caller
         self._audit_fd: int | None = None
         if options.audit_log is not None:
             try:
-                self._audit_fd = os.open(options.audit_log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+                # Without O_NONBLOCK, opening a FIFO waits for a reader.
+                flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_NONBLOCK", 0)
+                self._audit_fd = os.open(options.audit_log, flags, 0o600)
             except OSError as exc:
                 raise ConfigError(f"cannot write the audit log {options.audit_log}: {exc.strerror}") from None
             weakref.finalize(self, os.close, self._audit_fd)
@@ -1135,17 +1140,18 @@ async def _serve_http(server: Server, sockets: list[socket.socket], hosts: Seque
 
 class _OneLineParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message} (--help shows the usage)\n")
+        self.exit(2, f"{self.prog}: {' '.join(message.splitlines())} (--help shows the usage)\n")
 
 
 def argument_parser(name: str, description: str) -> argparse.ArgumentParser:
     """A parser with the options that all servers share; the caller adds its own."""
     parser = _OneLineParser(prog=name, description=description, allow_abbrev=False)
-    parser.add_argument(
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument(
         "--call", nargs="+", metavar=("TOOL", "name=value"), help="run one tool, print its result, and exit"
     )
-    parser.add_argument("--list-tools", action="store_true", help="print the tools with their parameters, and exit")
-    parser.add_argument(
+    instead.add_argument("--list-tools", action="store_true", help="print the tools with their parameters, and exit")
+    instead.add_argument(
         "--http",
         type=_address,
         metavar="[HOST:]PORT",
@@ -1190,10 +1196,11 @@ def _host(text: str) -> str:
 
 def _address(text: str) -> tuple[str, int]:
     host, separator, port = text.rpartition(":")
-    host = (host[1:-1] if host.startswith("[") and host.endswith("]") else host) if separator else "127.0.0.1"
-    if not host or not port.isascii() or not port.isdigit() or int(port) > 65_535:
-        raise argparse.ArgumentTypeError(f"{text!r} is not [HOST:]PORT, such as 8000 or 0.0.0.0:8000")
-    return host, int(port)
+    brackets = host.startswith("[") and host.endswith("]")
+    valid = port.isascii() and port.isdigit() and int(port) <= 65_535 and bool(host) == bool(separator)
+    if not valid or (":" in host and not brackets):
+        raise argparse.ArgumentTypeError(f"{text!r} is not [HOST:]PORT, such as 8000, 0.0.0.0:8000 or [::1]:8000")
+    return (host[1:-1] if brackets else host) or "127.0.0.1", int(port)
 
 
 def _own_name(host: str) -> list[str]:
@@ -1215,6 +1222,10 @@ def _rate(text: str) -> tuple[int, float]:
 
 def serve(parser: argparse.ArgumentParser, build: Callable[[argparse.Namespace, Options], Server]) -> None:
     """Read the command line, build the server, and do what was asked: serve over stdio, or run one tool."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:  # closed: the next file that is opened would take its place
+            os.open(os.devnull, os.O_RDWR)
+            setattr(sys, name, open(number, "r+", closefd=False))  # noqa: SIM115 - for as long as the process lives
     args = parser.parse_args()
     try:
         if args.allowed_host and not args.http:
@@ -1312,17 +1323,26 @@ def _greet(server: Server, prog: str) -> None:
     script = os.path.abspath(sys.argv[0])
     command = [sys.executable, script] if script.endswith(".py") else [script]
     arguments = [os.path.abspath(a) if os.path.exists(a) else a for a in sys.argv[1:]]
-    entry = {"mcpServers": {prog: {"command": command[0], "args": [*command[1:], *arguments]}}}
+    entry: dict[str, Any] = {"command": command[0], "args": [*command[1:], *arguments]}
+    if server.variables:
+        entry["env"] = dict.fromkeys(server.variables, "...")
     print(
         f"{server.name} {__version__}: {server.instructions}\n\n"
         f"It speaks MCP on stdin and stdout and is meant to be started by a client. For Claude Desktop, put this into"
-        f" claude_desktop_config.json:\n\n{json.dumps(entry, indent=2)}\n\n"
+        f" claude_desktop_config.json:\n\n{json.dumps({'mcpServers': {prog: entry}}, indent=2)}\n\n"
         f"To try a tool without a client: --list-tools, then --call TOOL name=value. Waiting; Ctrl-C ends.",
         file=sys.stderr,
     )
 
 
+def _end_with_reader() -> None:
+    """From now on, end without a traceback when whoever reads what is printed, such as `head`, has had enough."""
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+
+
 async def _print_tools(server: Server) -> None:
+    _end_with_reader()
     for tool in await server.list_tools():
         required = tool.input_schema.get("required", [])
         print(f"{tool.name}: {tool.description}")
@@ -1351,6 +1371,7 @@ async def _call_once(parser: argparse.ArgumentParser, server: Server, words: lis
                 arguments[name] = json.loads(text)
     async with Client(server) as client:
         result = await client.call_tool(tool, arguments)
+    _end_with_reader()
     out = sys.stderr if result.is_error else sys.stdout
     for block in result.content:
         text = block.text if isinstance(block, TextContent) else block.model_dump_json(exclude_none=True)

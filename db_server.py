@@ -1154,7 +1154,12 @@ def open_backend(files: Sequence[str | Path], timeout: float, allow_superuser: b
             raise ConfigError("a PostgreSQL database is served alone; start another server for the others")
         # Run as a script, this module is __main__; imported under its name again, it would be loaded a second time.
         sys.modules.setdefault("db_server", sys.modules[__name__])
-        from db_postgres import PostgresPool
+        try:
+            from db_postgres import PostgresPool
+        except ModuleNotFoundError as exc:
+            if exc.name != "db_postgres":
+                raise
+            raise ConfigError("PostgreSQL is served by db_postgres.py; copy it into the same directory") from None
 
         return PostgresPool(str(files[0]), timeout, allow_superuser), "one database"
     if not 1 <= len(files) <= MAX_FILES:
@@ -1301,6 +1306,7 @@ def build(args: argparse.Namespace, options: Options) -> DatabaseServer:
     files: list[str] = args.files or [url]
     server = build_server(files, timeout=args.timeout, allow_superuser=args.allow_superuser, options=options)
     asyncio.run(server.pool.check())
+    server.variables = () if args.files else ("DATABASE_URL",)
     return server
 
 

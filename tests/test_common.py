@@ -337,6 +337,11 @@ BAD_COMMAND_LINES = {
     "endless rate": [".", "--rate-limit", "1/0"],
     "audit log nowhere": [".", "--audit-log", "no/such/dir/log"],
     "bad deny": [".", "--deny", "../x"],
+    "no name": [""],
+    "a name of two lines": ["no\nsuch"],
+    "two things at once": [".", "--list-tools", "--http", "0"],
+    "an address without brackets": [".", "--http", "::1"],
+    "audit log without a reader": [".", "--audit-log", "fifo"],
     "call without name": [".", "--call", "read_file", "note.txt"],
     "unknown tool": [".", "--call", "reed_file", "path=note.txt"],
 }
@@ -345,6 +350,7 @@ BAD_COMMAND_LINES = {
 @pytest.mark.parametrize("arguments", BAD_COMMAND_LINES.values(), ids=BAD_COMMAND_LINES.keys())
 def test_a_bad_command_line_is_one_line_on_stderr_and_exit_code_2(arguments: list[str], tmp_path: Path) -> None:
     (tmp_path / "note.txt").write_text("hello\n")
+    os.mkfifo(tmp_path / "fifo")
     before = sorted(tmp_path.rglob("*"))
     done = run(*arguments, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
@@ -373,18 +379,47 @@ def test_list_tools_and_version_and_help(tmp_path: Path) -> None:
     assert "--audit-log" in run("--help").stdout
 
 
-def test_a_person_on_a_terminal_is_told_what_to_paste(tmp_path: Path) -> None:
+@pytest.mark.parametrize("closed", ["<&-", "</dev/null >&-", "</dev/null 2>&-", "<&- >&- 2>&-"])
+def test_a_closed_stream_is_like_an_empty_one(tmp_path: Path, closed: str) -> None:
+    command = f"{sys.executable} {PROJECT / 'fs_server.py'} . {closed}"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, cwd=tmp_path, timeout=30, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+
+
+def test_a_reader_that_has_had_enough_is_no_error(tmp_path: Path) -> None:
+    (tmp_path / "long.txt").write_text("a line\n" * 100_000)
+    command = [sys.executable, str(PROJECT / "fs_server.py"), ".", "--max-output", "0"]
+    command += ["--call", "read_file", "path=long.txt"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path) as process:
+        assert process.stdout
+        assert process.stderr
+        assert process.stdout.readline() == b"a line\n"
+        process.stdout.close()
+        assert process.stderr.read() == b""
+
+
+@pytest.mark.parametrize(
+    ("server", "arguments", "variable"),
+    [("fs_server.py", ["."], ""), ("api_server.py", ["apis.json"], "SOME_KEY")],
+    ids=["fs", "api"],
+)
+def test_a_person_on_a_terminal_is_told_what_to_paste(
+    tmp_path: Path, server: str, arguments: list[str], variable: str
+) -> None:
     import pty
 
+    apis = {"one": {"base_url": "http://127.0.0.1:9", "headers": {"X-Key": "${SOME_KEY}"}}}
+    (tmp_path / "apis.json").write_text(json.dumps(apis))
     leader, follower = pty.openpty()
-    command = [sys.executable, str(PROJECT / "fs_server.py"), "."]
-    with subprocess.Popen(command, stdin=follower, stderr=subprocess.PIPE, cwd=tmp_path) as process:
+    command, environment = [sys.executable, str(PROJECT / server), *arguments], os.environ | {"SOME_KEY": "0123456789"}
+    with subprocess.Popen(command, stdin=follower, stderr=subprocess.PIPE, cwd=tmp_path, env=environment) as process:
         assert process.stderr
         told = ""
         while "Waiting" not in told:
             told += process.stderr.readline().decode()
-        entry = json.loads(told[told.index("{") : told.rindex("}") + 1])["mcpServers"]["fs-server"]
-        assert entry["args"] == [str(PROJECT / "fs_server.py"), str(tmp_path)]
+        (entry,) = json.loads(told[told.index("{") : told.rindex("}") + 1])["mcpServers"].values()
+        assert entry["args"] == [str(PROJECT / server), *(str((tmp_path / name).resolve()) for name in arguments)]
+        assert list(entry.get("env", {})) == ([variable] if variable else [])
         process.send_signal(2)
         assert process.wait(5) != 0
     os.close(leader)

@@ -1268,3 +1268,12 @@ def test_the_sample_database_is_what_its_script_makes(tmp_path: Path) -> None:
         closing(sqlite3.connect(PROJECT / "examples/shop.db")) as kept,
     ):
         assert list(made.iterdump()) == list(kept.iterdump())
+
+
+def test_without_the_file_for_postgresql_it_says_which_to_copy(tmp_path: Path) -> None:
+    for name in ("db_server.py", "common.py"):
+        (tmp_path / name).write_bytes((PROJECT / name).read_bytes())
+    command = [sys.executable, str(tmp_path / "db_server.py"), "postgresql://reader@localhost/shop"]
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("db-server: PostgreSQL is served by db_postgres.py; copy it")
