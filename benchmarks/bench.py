@@ -543,7 +543,7 @@ def report(bench: Bench) -> str:
     for work, figures in bench.figures.items():
         cells = ", ".join(f"{name} **{figures[name]:.4g}**" for name in subjects if name in figures)
         out.append(f"- {work}: {cells}")
-    return "\n".join([*out, "", TRIED, RESULTS.read_text().partition(TRIED)[2].strip("\n")]) + "\n"
+    return "\n".join([*out, "", TRIED, "", RESULTS.read_text().partition(TRIED)[2].strip("\n")]) + "\n"
 
 
 def main() -> None:
