@@ -1008,7 +1008,8 @@ def _connection_limit() -> int:
         return MAX_CONNECTIONS
     import resource
 
-    return max(32, min(MAX_CONNECTIONS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2))
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return MAX_CONNECTIONS if files == resource.RLIM_INFINITY else max(32, min(MAX_CONNECTIONS, files // 2))
 
 
 def _impatient_protocol() -> type[asyncio.Protocol]:
