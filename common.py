@@ -1260,6 +1260,7 @@ class _Pipes:
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader = reader
         self._writer = writer
+        self._turn = asyncio.Lock()
 
     @classmethod
     async def open(cls) -> "_Pipes | None":
@@ -1283,10 +1284,11 @@ class _Pipes:
         return cls(reader, asyncio.StreamWriter(sink, protocol, None, loop))
 
     async def send(self, message: SessionMessage) -> None:
-        line = jsonrpc_message_adapter.dump_json(message.message, by_alias=True, exclude_unset=True)
-        self._writer.write(line + b"\n")
-        with suppress(ConnectionError):  # the client has gone; the end of stdin will say so
-            await self._writer.drain()
+        async with self._turn:  # large results wait as they are, not as bytes in a buffer besides
+            line = jsonrpc_message_adapter.dump_json(message.message, by_alias=True, exclude_unset=True)
+            self._writer.write(line + b"\n")
+            with suppress(ConnectionError):  # the client has gone; the end of stdin will say so
+                await self._writer.drain()
 
     def __aiter__(self) -> "_Pipes":
         return self

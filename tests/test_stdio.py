@@ -287,3 +287,15 @@ def test_a_directory_whose_name_is_no_text_is_served(tmp_path: Path, stdio: Star
     (directory / "note.txt").write_text("hello")
     server = stdio("fs_server.py", str(directory))
     assert server.call("read_file", path="note.txt")["content"][0]["text"] == "hello"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+def test_large_results_that_nobody_takes_are_held_once(tmp_path: Path, stdio: Start) -> None:
+    (tmp_path / "noise.png").write_bytes(os.urandom(9_900_000))
+    server = stdio("fs_server.py", str(tmp_path))
+    for _ in range(20):
+        server.start("read_media_file", path="noise.png")
+    server.answer(server.start("list_allowed_directories"))  # the last in the queue
+    status = Path(f"/proc/{server.process.pid}/status").read_text()
+    peak = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
+    assert peak < 900_000  # kB; it is more when each result also waits as bytes in the buffer
