@@ -721,9 +721,10 @@ class PostgresPool(Backend):
 
     async def _warm(self) -> None:
         with suppress(ConfigError, *NOT_YET):
-            while len(self.opened) < MIN_POOL:
+            for _ in range(MIN_POOL):
                 async with self.slots:  # without a place of its own, it could be one connection too many
-                    self.idle.append(await self.connect())
+                    if len(self.opened) < MIN_POOL:  # calls may have opened them while this waited for a place
+                        self.idle.append(await self.connect())
 
     async def open(self) -> None:
         """Begin to open the first connections before they are needed."""
