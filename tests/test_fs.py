@@ -22,6 +22,9 @@ from fs_server import Files, Walk, Work, build_server
 
 pytestmark = pytest.mark.anyio
 
+ROOT = "root"  # the allowed directory
+PROC_ROOT = "self/root"  # below /proc: a link to the whole file system
+
 SECRET = "the secret outside"
 NO_LIMIT = Options(max_output=0)
 
@@ -29,7 +32,7 @@ NO_LIMIT = Options(max_output=0)
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     """An allowed directory with a secret next to it."""
-    root = tmp_path / "root"
+    root = tmp_path / ROOT
     (root / "sub" / "deeper").mkdir(parents=True)
     (root / "note.txt").write_text("one\ntwo\nthree\n")
     (root / "sub" / "code.py").write_text("import os\nprint('hello')\n")
@@ -82,7 +85,7 @@ ESCAPES = {
     "link to a link": "link_chain",
     "link to a missing file outside": "link_missing",
     "proc": "/proc/self/environ",
-    "proc root": "/proc/self/root/etc/passwd",
+    "proc root": f"/proc/{PROC_ROOT}/etc/passwd",
 }
 NAMES_ONLY = {  # these are just names, and there is no such file
     "percent": "%2e%2e%2fsecret.txt",
@@ -181,7 +184,7 @@ LINKS_INSIDE = {
     "to a file": ("alias.txt", "note.txt", "alias.txt"),
     "to a directory": ("alias", "sub", "alias/../note.txt"),
     "up and down": ("sub/alias.txt", "../note.txt", "sub/alias.txt"),
-    "through the outside and back": ("alias.txt", "../root/note.txt", "alias.txt"),
+    "through the outside and back": ("alias.txt", f"../{ROOT}/note.txt", "alias.txt"),
 }
 
 
@@ -266,7 +269,7 @@ async def test_files_that_claim_to_be_empty_are_read() -> None:
     async with client_for(Path("/proc")) as client:
         assert "Threads:" in await ok(client, "read_file", path="self/status")
         assert (await ok(client, "read_file", path="self/status", head=1)).startswith("Name:")
-        assert "outside" in await refused(client, "read_file", path="self/root/etc/passwd")
+        assert "outside" in await refused(client, "read_file", path=f"{PROC_ROOT}/etc/passwd")
         assert "outside" in await refused(client, "read_file", path="self/cwd/pyproject.toml")
 
 
