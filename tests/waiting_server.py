@@ -1,4 +1,4 @@
-"""A server for the HTTP tests: its tools wait and block. Usage: waiting_server.py DIRECTORY [options]"""
+"""A server for the HTTP tests: its tools wait, block and repeat. Usage: waiting_server.py DIRECTORY [options]"""
 
 import sys
 import time
@@ -7,25 +7,39 @@ from typing import Annotated
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import serving  # first of all: it imports the SDK with the garbage collector off
+
+# isort: split
 import anyio
 import anyio.to_thread
-import common
-from common import READ_ONLY, Options, Server, argument_parser, serve
 from pydantic import Field
 
+import serving_http
 
-def build_server(directory: Path, options: Options) -> Server:
+TIMES = ("ARRIVAL_TIME", "ANSWER_TIME", "IDLE_TIME", "DRAIN_TIME", "HEALTH_TIME")
+
+
+def build_server(directory: Path, options: serving.Options) -> serving.Server:
+    server = serving.Server("waiting-server", "Waits.", options)
+
     async def health() -> None:
+        with (directory / "checks").open("a") as checks:
+            checks.write("x")
         if (directory / "hang").exists():
             await anyio.sleep(60)
-        (directory / "healthy").read_bytes()
+        if (directory / "sick").exists():
+            raise OSError("sick")
 
-    server = Server("waiting-server", "Waits.", options, health=health)
+    server.health = health
 
-    @server.tool(annotations=READ_ONLY, structured_output=False)
+    def begin() -> None:
+        with (directory / "begun").open("a") as begun:
+            begun.write("x")
+
+    @server.tool(annotations=serving.READ_ONLY, structured_output=False)
     async def wait(seconds: float, text: Annotated[str, Field(max_length=100_000_000)] = "") -> str:
         """Wait, and answer with the text. The files `begun` and `cancelled` tell what became of it."""
-        (directory / "begun").touch()
+        begin()
         try:
             await anyio.sleep(seconds)
         except BaseException:
@@ -33,14 +47,14 @@ def build_server(directory: Path, options: Options) -> Server:
             raise
         return text
 
-    @server.tool(annotations=READ_ONLY, structured_output=False)
+    @server.tool(annotations=serving.READ_ONLY, structured_output=False)
     async def block(seconds: float) -> str:
         """Block a thread that nobody can stop."""
-        (directory / "begun").touch()
+        begin()
         await anyio.to_thread.run_sync(time.sleep, seconds)
         return "done"
 
-    @server.tool(annotations=READ_ONLY, structured_output=False)
+    @server.tool(annotations=serving.READ_ONLY, structured_output=False)
     async def much(characters: int) -> str:
         """Answer with much text."""
         return "x" * characters
@@ -49,11 +63,11 @@ def build_server(directory: Path, options: Options) -> Server:
 
 
 if __name__ == "__main__":
-    parser = argument_parser("waiting-server", "Waits.")
+    parser = serving.argument_parser("waiting-server", "Waits.")
     parser.add_argument("directory", type=Path)
-    parser.add_argument("--arrival", type=float, default=common.ARRIVAL_TIME)
-    parser.add_argument("--answer", type=float, default=common.ANSWER_TIME)
-    parser.add_argument("--idle", type=float, default=common.IDLE_TIME)
-    arguments = parser.parse_args()
-    common.ARRIVAL_TIME, common.ANSWER_TIME, common.IDLE_TIME = arguments.arrival, arguments.answer, arguments.idle
-    serve(parser, lambda args, options: build_server(args.directory, options))
+    for name in TIMES:
+        parser.add_argument(f"--{name.lower().replace('_', '-')}", type=float, default=getattr(serving_http, name))
+    arguments = vars(parser.parse_args())
+    for name in TIMES:
+        setattr(serving_http, name, arguments[name.lower()])
+    serving.serve(parser, lambda args, options: build_server(args.directory, options))
