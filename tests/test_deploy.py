@@ -1,4 +1,4 @@
-"""The container image and the Kubernetes manifest.
+"""The container image, the Kubernetes manifest, the proxy's configuration, and the desktop bundles.
 
 No container engine is needed, and none is used: the steps of the image are run as they stand in the Dockerfile, with
 its paths moved into a temporary directory and a new virtual environment as its base, and the result is run as the image
@@ -9,13 +9,17 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
+import socket
+import ssl
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
+from subprocess import DEVNULL, PIPE
 from typing import Any
 
 import httpx
@@ -23,7 +27,10 @@ import kubernetes_validate  # pyright: ignore[reportMissingTypeStubs]
 import pytest
 import yaml
 from conftest import PROJECT
-from over_http import TOKEN, Http, request
+from over_http import TOKEN, request
+from served import served
+
+import pg_server
 
 DOCKERFILE = (PROJECT / "deploy" / "Dockerfile").read_text()
 MANIFEST = PROJECT / "deploy" / "kubernetes.yaml"
@@ -57,11 +64,6 @@ class Image:
     def moved(self, text: str) -> str:
         return re.sub(r"/(opt|app)/", lambda match: f"{self.base.parent}/{match[1]}/", text)
 
-    @property
-    def environment(self) -> dict[str, str]:
-        words = shlex.split(self.moved(" ".join(instructions("ENV"))))
-        return dict(word.split("=", 1) for word in words)
-
     def run(self, command: list[str], **env: str) -> subprocess.Popen[bytes]:
         """Start a command as the container would, as far as the rights of the test go."""
         user, group = instructions("USER")[0].split(":")
@@ -70,20 +72,10 @@ class Image:
             inner = "mount -o remount,bind,ro / && exec setpriv --reuid=$0 --regid=$1 --clear-groups --no-new-privs"
             inner += " --inh-caps=-all,+dac_read_search --ambient-caps=-all,+dac_read_search -- " + '"${@:2}"'
             command = ["unshare", "-m", "bash", "-ec", inner, user, group, *command]
-        environment = {**self.environment, **env}
-        executable = next(
-            path
-            for part in (environment["PATH"] + ":/usr/sbin:/sbin").split(":")
-            if (path := Path(part) / command[0]).exists()
-        )
-        return subprocess.Popen(
-            [str(executable), *command[1:]],
-            cwd=self.app,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-        )
+        env |= dict(word.split("=", 1) for word in shlex.split(self.moved(" ".join(instructions("ENV")))))
+        program = shutil.which(command[0], path=f"{env['PATH']}:/usr/sbin:/sbin")
+        words = [str(program), *command[1:]]
+        return subprocess.Popen(words, cwd=self.app, env=env, stdin=DEVNULL, stderr=PIPE, stdout=PIPE)
 
 
 @cache
@@ -97,7 +89,12 @@ def can_make_read_only() -> bool:
 
 @pytest.fixture(scope="module")
 def image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Image]:
-    made = Image(tmp_path_factory.mktemp("image"))
+    try:
+        made = Image(tmp_path_factory.mktemp("image"))
+    except subprocess.CalledProcessError:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip("the packages cannot be downloaded")
     directories = [Path(directory) for root in (made.opt, made.app) for directory, _, _ in os.walk(root)]
     for directory in directories:
         directory.chmod(0o555)
@@ -110,30 +107,26 @@ def test_the_base_is_slim_and_pinned_and_the_user_is_not_root() -> None:
     bases = instructions("FROM")
     assert all(re.fullmatch(r"python:3\.\d+\.\d+-slim-\w+( AS build)?", base) for base in bases)
     assert bases[0].removesuffix(" AS build") == bases[1]
-    user, group = instructions("USER")[0].split(":")
-    assert int(user) >= 10_000
-    assert int(group) >= 10_000
-    assert instructions("USER") == [f"{user}:{group}"]
+    (user,) = instructions("USER")
+    assert all(int(number) >= 10_000 for number in user.split(":"))
     assert DOCKERFILE.index("USER") < DOCKERFILE.index("ENTRYPOINT")
 
 
-def test_the_same_packages_are_installed_as_everywhere(image: Image) -> None:
-    listed = subprocess.run(
-        [image.opt / "venv" / "bin" / "python", "-c", "import mcp, aiosqlite, httpx, asyncpg, uvicorn"], check=False
-    )
-    assert listed.returncode == 0
+@pytest.mark.slow
+def test_all_packages_are_installed_no_build_tools_are_left_and_nothing_can_be_written(image: Image) -> None:
+    venv = image.opt / "venv" / "bin"
+    subprocess.run([venv / "python", "-c", "import mcp, aiosqlite, httpx, asyncpg, uvicorn"], check=True)
+    for python, module in ((image.base / "bin", "pip"), (venv, "pip"), (venv, "setuptools"), (venv, "wheel")):
+        found = subprocess.run([python / "python", "-c", f"import {module}"], capture_output=True, check=False)
+        assert b"No module named" in found.stderr
+    assert not list(venv.glob("pip*"))
+    if can_make_read_only():  # which takes a mount namespace: then nothing can be written where the image runs
+        script = 'for path; do if (: > "$path/written") 2> /dev/null; then echo "$path"; fi; done'
+        process = image.run(["sh", "-c", script, "sh", str(image.app), str(image.opt), "/tmp", "/", "/var/tmp"])
+        assert process.communicate() == (b"", b"")
 
 
-def test_no_build_tools_are_left(image: Image) -> None:
-    for python in (image.base, image.opt / "venv"):
-        for module in ("pip", "setuptools", "wheel"):
-            found = subprocess.run(
-                [python / "bin" / "python", "-c", f"import {module}"], capture_output=True, check=False
-            )
-            assert b"No module named" in found.stderr or (module == "setuptools" and python == image.base)
-    assert not list((image.opt / "venv" / "bin").glob("pip*"))
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize("server", ["fs_server.py", "db_server.py", "api_server.py"])
 def test_the_image_serves_without_a_place_to_write_and_ends_in_good_order(server: str, image: Image) -> None:
     entrypoint, command = (json.loads(instructions(name)[-1]) for name in ("ENTRYPOINT", "CMD"))
@@ -169,57 +162,30 @@ def test_the_image_serves_without_a_place_to_write_and_ends_in_good_order(server
         process.communicate()
 
 
-def test_nothing_can_be_written_where_the_image_runs(image: Image) -> None:
-    if not can_make_read_only():
-        pytest.skip("making the file system read-only takes a mount namespace, which this user may not make")
-    script = (
-        "import os, sys\n"
-        "for path in sys.argv[1:]:\n"
-        "    try: open(os.path.join(path, 'written'), 'w')\n"
-        "    except OSError: continue\n"
-        "    sys.exit(path)"
-    )
-    process = image.run(["python", "-c", script, str(image.app), str(image.opt), "/tmp", "/", "/var/tmp"])
-    assert process.communicate() == (b"", b"")
-    assert process.returncode == 0
-
-
 # ---------------------------------------------------------------------------------------------------- the manifest
 
 
-@pytest.mark.parametrize("part", MANIFESTS, ids=lambda part: part["kind"])
-@pytest.mark.parametrize("version", ["1.30", kubernetes_validate.latest_version()])
-def test_each_part_is_valid(part: dict[str, Any], version: str) -> None:
-    kubernetes_validate.validate(part, version, strict=True)
+def test_each_part_is_valid_and_applying_the_manifest_again_writes_over_no_secret() -> None:
+    for part in MANIFESTS:
+        for version in ("1.30", kubernetes_validate.latest_version()):
+            kubernetes_validate.validate(part, version, strict=True)
+    assert set(KINDS) == {"Deployment", "Service", "NetworkPolicy", "PodDisruptionBudget"}
+    assert not re.search("stringData|MCP_AUTH_TOKEN:|DATABASE_URL:", MANIFEST.read_text())
+    (reference,) = CONTAINER["envFrom"]
+    (made,) = re.findall(r"create secret generic (\S+) .*\n.*--from-literal=DATABASE_URL=", MANIFEST.read_text())
+    assert reference == {"secretRef": {"name": made}}  # not optional: without it, no replica starts
 
 
-def test_a_wrong_part_is_not_valid() -> None:
-    wrong = json.loads(json.dumps(KINDS["Deployment"]))
-    wrong["spec"]["template"]["spec"]["containers"][0]["readOnlyRootFilesystem"] = True  # in the wrong place
-    with pytest.raises(kubernetes_validate.ValidationError):
-        kubernetes_validate.validate(wrong, kubernetes_validate.latest_version(), strict=True)
-
-
-def test_the_manifest_has_all_that_a_team_needs() -> None:
-    assert set(KINDS) == {"Secret", "Deployment", "Service", "NetworkPolicy", "PodDisruptionBudget"}
-    deployment = KINDS["Deployment"]["spec"]
-    pod = deployment["template"]["spec"]
-    assert deployment["replicas"] == 3
-    assert CONTAINER["resources"] == {
-        "requests": {"memory": "256Mi", "cpu": "250m"},
-        "limits": {"memory": "512Mi", "cpu": "500m"},
-    }
-    assert CONTAINER["securityContext"] == {
-        "allowPrivilegeEscalation": False,
-        "readOnlyRootFilesystem": True,
-        "capabilities": {"drop": ["ALL"]},
-    }
+def test_the_replicas_may_do_no_more_than_they_must() -> None:
+    pod = KINDS["Deployment"]["spec"]["template"]["spec"]
+    limits = {"requests": {"memory": "256Mi", "cpu": "250m"}, "limits": {"memory": "512Mi", "cpu": "500m"}}
+    assert CONTAINER["resources"] == limits
+    rights = {"allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]}}
+    assert CONTAINER["securityContext"] == rights
     assert pod["securityContext"]["runAsNonRoot"]
     assert f"{pod['securityContext']['runAsUser']}:{pod['securityContext']['runAsGroup']}" == instructions("USER")[0]
     assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
     assert pod["automountServiceAccountToken"] is False
-    assert CONTAINER["envFrom"] == [{"secretRef": {"name": KINDS["Secret"]["metadata"]["name"]}}]
-    assert set(KINDS["Secret"]["stringData"]) == {"MCP_AUTH_TOKEN", "DATABASE_URL"}
     assert pod["terminationGracePeriodSeconds"] >= CONTAINER["lifecycle"]["preStop"]["sleep"]["seconds"] + 15
 
 
@@ -236,30 +202,98 @@ def test_the_parts_point_at_each_other() -> None:
     assert KINDS["PodDisruptionBudget"]["spec"]["minAvailable"] < KINDS["Deployment"]["spec"]["replicas"]
 
 
+def test_all_replicas_of_a_rollout_together_stay_within_the_roles_connections() -> None:
+    deployment = KINDS["Deployment"]["spec"]
+    (limit,) = re.findall(r"CONNECTION LIMIT (\d+)", (PROJECT / "SECURITY.md").read_text())
+    one_is_ending = 1
+    replicas = deployment["replicas"] + deployment["strategy"]["rollingUpdate"]["maxSurge"] + one_is_ending
+    assert int(limit) == replicas * pg_server.MAX_POOL == 50
+    assert "make\n# 50:" in MANIFEST.read_text()
+
+
 def test_the_arguments_and_the_probes_of_the_deployment_are_what_the_server_takes() -> None:
-    server, *options = CONTAINER["args"]
+    _, *options = CONTAINER["args"]
     at = options.index("--http")
     del options[at : at + 2]
-    http = Http(server, "examples/shop.db", *options, token=TOKEN, address="0.0.0.0:0")
-    try:
+    # The same options on the server that needs no PostgreSQL.
+    with served("db_server.py", "examples/shop.db", *options, token=TOKEN, address="0.0.0.0:0") as client:
         for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
             path = CONTAINER[probe]["httpGet"]["path"]
-            assert http.client.get(path, headers={"host": "10.1.2.3:8000"}).status_code == 200
+            assert client.get(path, headers={"host": "10.1.2.3:8000"}).status_code == 200
         headers, body = request("tools/list")
-        headers["authorization"] = f"Bearer {TOKEN}"
         for host, status in (("mcp-db", 200), ("mcp.example.com", 200), ("other", 421)):
-            assert http.client.post("/mcp", headers={**headers, "host": host}, json=body).status_code == status
-    finally:
-        http.close()
+            assert client.post("/mcp", headers={**headers, "host": host}, json=body).status_code == status
 
 
-def test_a_secret_that_was_not_filled_in_keeps_the_server_from_starting() -> None:
-    env = {**os.environ, **KINDS["Secret"]["stringData"]}
-    command = [sys.executable, "db_server.py", "examples/shop.db", "--http", "0.0.0.0:0"]
-    started = time.monotonic()
-    done = subprocess.run(
-        command, cwd=PROJECT, env=env, capture_output=True, timeout=30, check=False, stdin=subprocess.DEVNULL
-    )
+@pytest.mark.parametrize(
+    ("missing", "server"), [("DATABASE_URL", "pg_server.py"), ("MCP_AUTH_TOKEN", "fs_server.py .")]
+)
+def test_a_secret_that_is_empty_keeps_a_server_from_starting(missing: str, server: str) -> None:
+    words, env = [sys.executable, *server.split(), "--http", "0.0.0.0:0"], {**os.environ, missing: ""}
+    done = subprocess.run(words, cwd=PROJECT, env=env, capture_output=True, timeout=30, check=False)
     assert (done.returncode, done.stderr.count(b"\n")) == (2, 1)
-    assert b"MCP_AUTH_TOKEN" in done.stderr
-    assert time.monotonic() - started < 30
+    assert missing.encode() in done.stderr
+
+
+# ------------------------------------------------------------------------------------------------------- the proxy
+
+NGINX = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin:/usr/local/sbin")
+
+
+@pytest.fixture(scope="module")
+def proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., httpx.Response]]:
+    """The example configuration as it stands, in an nginx of its own: sends one request, and returns the answer."""
+    openssl = shutil.which("openssl")
+    if not NGINX or not openssl:
+        pytest.skip("nginx or openssl is not installed")
+    directory = tmp_path_factory.mktemp("nginx")
+    certificate = ["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=mcp.example.com", "-addext"]
+    certificate += ["subjectAltName=DNS:mcp.example.com", "-keyout", "privkey.pem", "-out", "fullchain.pem"]
+    subprocess.run([openssl, *certificate], cwd=directory, check=True, capture_output=True)
+    context = ssl.create_default_context(cafile=directory / "fullchain.pem")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+
+    def send(path: str, *, name: str = "mcp.example.com", host: str = "", **options: Any) -> httpx.Response:
+        headers, body = request("tools/list")
+        headers |= {"host": host or name, "authorization": f"Bearer {options.pop('token', TOKEN)}"}
+        options = {"content": json.dumps(body), "extensions": {"sni_hostname": name}, **options}
+        with httpx.Client(verify=context, trust_env=False, timeout=30) as client:  # one connection each
+            return client.post(f"https://127.0.0.1:{port}{path}", headers=headers, **options)
+
+    with served("fs_server.py", "examples", "--allowed-host", "mcp.example.com", token=TOKEN) as server:
+        site = (PROJECT / "deploy" / "nginx.conf").read_text()
+        places = {"127.0.0.1:8000": server.base_url.netloc.decode(), "/etc/ssl/mcp/": f"{directory}/"}
+        for text, by in {**places, "listen 443 ": f"listen 127.0.0.1:{port} "}.items():
+            assert text in site
+            site = site.replace(text, by)
+        user = "user root;" if os.geteuid() == 0 else ""  # its workers would be another user, who may not enter
+        paths = "client_body_temp_path 1; proxy_temp_path 2; fastcgi_temp_path 3; uwsgi_temp_path 4; scgi_temp_path 5;"
+        http = f"http {{ access_log access.log; {paths}\n{site}\n}}"
+        (directory / "nginx.conf").write_text(f"daemon off; {user} pid pid; error_log error.log; events {{}} {http}")
+        log = directory / "error.log"
+        process = subprocess.Popen([NGINX, "-p", directory, "-e", log, "-c", directory / "nginx.conf"])
+        try:
+            while not (directory / "pid").exists():
+                assert process.poll() is None, log.read_text()
+                time.sleep(0.02)
+            yield send
+            assert TOKEN not in (directory / "access.log").read_text()
+        finally:
+            process.terminate()
+            process.wait(10)
+
+
+@pytest.mark.slow
+def test_the_proxy_speaks_tls_for_one_name_leaves_the_token_to_the_server_and_takes_as_much(
+    proxy: Callable[..., httpx.Response],
+) -> None:
+    assert len(proxy("/mcp").json()["result"]["tools"]) == 9
+    assert proxy("/mcp", token="wrong").status_code == 401
+    assert [proxy(path).status_code for path in ("/", "/health", "/mcp/x")] == [404, 404, 404]
+    for size, status in ((4 * 2**20, 400), (4 * 2**20 + 1, 413)):
+        assert proxy("/mcp", content=b" " * size).status_code == status  # white space alone is no JSON
+    with pytest.raises(httpx.ConnectError, match=r"(?i)unrecognized"):  # it shows its certificate to no other name
+        proxy("/mcp", name="other.example.com")
+    with pytest.raises(httpx.RemoteProtocolError):
+        proxy("/mcp", host="other.example.com")
