@@ -1,6 +1,7 @@
 """Three patterns to copy into a server of your own: cached, rate limited, authenticated.
 
-Each is a decorator for an `async def` tool, made of one part of common.py. Try them on the tool at the end:
+Each is a decorator for an `async def` tool; copy it with common.py, whose parts it is made of. Try them on the tool at
+the end:
 
     python examples/patterns.py --call exchange_rate currency=NOK
     MCP_AUTH_TOKEN=$(openssl rand -hex 32) python examples/patterns.py --http 8000
@@ -11,15 +12,18 @@ import json
 import sys
 import time
 from collections.abc import Awaitable, Callable
+from contextvars import ContextVar
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, ParamSpec
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where common.py is; not needed beside it
 
-from common import READ_ONLY, Options, Server, TokenBucket, TTLCache, argument_parser, caller, serve
 from mcp.server.mcpserver.exceptions import ToolError
 from pydantic import Field
+
+from common import TokenBucket, TTLCache
+from serving import READ_ONLY, Options, Server, argument_parser, serve
 
 P = ParamSpec("P")
 Tool = Callable[P, Awaitable[str]]
@@ -76,15 +80,18 @@ def rate_limited(
 # -------------------------------------------------------------------------------------------------- authenticated
 
 
-def authenticated(*callers: str) -> Callable[[Tool[P]], Tool[P]]:
+def authenticated(caller: ContextVar[str | None], *allowed: str) -> Callable[[Tool[P]], Tool[P]]:
     """Only for callers whose token has one of these short hashes (`sha256:...`, as in the audit log), or for all who
-    have a token if no hash is given. Over stdio there is no token: the one who started the server is the caller."""
+    have a token if no hash is given. Over stdio there is no token: the one who started the server is the caller.
+
+    `caller` is the server's own variable that says who calls.
+    """
 
     def decorate(tool: Tool[P]) -> Tool[P]:
         @wraps(tool)
         async def wrapper(*args: P.args, **kwargs: P.kwargs) -> str:
-            who = caller()
-            if who is not None and (who not in callers if callers else who == ""):
+            who = caller.get()
+            if who is not None and (who not in allowed if allowed else who == ""):
                 raise ToolError("this tool is not for you; ask who runs the server to add your token, or use another")
             return await tool(*args, **kwargs)
 
@@ -102,7 +109,7 @@ def build_server(options: Options | None = None) -> Server:
     server = Server("patterns", "Tells exchange rates of long ago.", options or Options())
 
     @server.tool(annotations=READ_ONLY, structured_output=False)
-    @authenticated()
+    @authenticated(server.caller)
     @cached(ttl=300)
     @rate_limited(10, 60)
     async def exchange_rate(
