@@ -1,21 +1,16 @@
 """Measure our servers next to a bare SDK server, the best known peers, and the plain tools, in one run.
 
-    python benchmarks/bench.py            the whole run (about three minutes); writes benchmarks/RESULTS.md
-    python benchmarks/bench.py --quick    a look: fewer repetitions, prints only
+    python3 benchmarks/bench.py            about four minutes; writes benchmarks/RESULTS.md and benchmarks/results.svg
+    python3 benchmarks/bench.py --quick    a look: fewer repetitions and sizes; prints, and writes no results
 
-The client writes JSON lines to a server's stdin and reads its stdout; no SDK is in it. Figures of different machines do
-not compare, so what counts are the ratios, each between two figures of the same run. Peers are installed with npm and
-pip into a cache directory (--cache); one that cannot be installed is named in the results. Linux only: memory is the
-PSS that /proc tells.
+Needs Linux (memory is what /proc tells), Python 3.11, and npm for the peers on Node; all else is installed into
+.cache/bench by the first run. Figures of different machines, or of different hours, do not compare. So the
+subjects take turns, and what counts are ratios between medians of the same run.
 """
 
 import argparse
 import json
-import math
 import os
-import platform
-import random
-import shutil
 import sqlite3
 import statistics
 import subprocess
@@ -23,567 +18,261 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from importlib.metadata import version
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-PROJECT = Path(__file__).resolve().parent.parent
-NPM_PEERS = ["@modelcontextprotocol/server-filesystem@2026.8.31", "@bytebase/dbhub@0.21.2"]
-PIP_PEERS = ["mcp-server-sqlite==2025.4.25", "mcp<2"]
-FILES, DIRECTORIES = 20_000, 2_200  # of the tree that is searched
-BARE_SERVER = """
-from mcp.server import MCPServer
-server = MCPServer("bare")
-TEXT = ("x" * 79 + "\\n") * 125_000
+import stand
+from stand import HOME, PROJECT, ROWS, TREES, OverHttp, Process
 
-@server.tool(structured_output=False)
-async def nothing() -> str:
-    return "hello"
-
-server.run()
-"""
-
-# -------------------------------------------------------------------------------------------------------- client
-
-
-class Server:
-    """A server as a process, spoken to in raw JSON lines."""
-
-    def __init__(self, command: list[str], cwd: Path) -> None:
-        self.started = time.perf_counter()
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=cwd
-        )
-        assert self.process.stdin
-        assert self.process.stdout
-        self.stdin, self.stdout = self.process.stdin, self.process.stdout
-        self.number = 0
-
-    def send(self, method: str, params: dict[str, Any], *, answered: bool = True) -> int:
-        """Send one message; returns the number that its answer will bear."""
-        message: dict[str, Any] = {"jsonrpc": "2.0", "method": method, "params": params}
-        if answered:
-            self.number += 1
-            message["id"] = self.number
-        self.stdin.write(json.dumps(message).encode() + b"\n")
-        self.stdin.flush()
-        return self.number
-
-    def receive(self) -> tuple[int | None, bytes]:
-        """The next message's number and bytes."""
-        line = self.stdout.readline()
-        if not line:
-            raise EOFError("the server has ended")
-        # Parsing 10 MB of JSON would measure this client, so the number is looked for at both ends.
-        ends = line[:60] + line[-60:]
-        found = ends.rpartition(b'"id":')[2].lstrip()
-        digits = found[: next((at for at, byte in enumerate(found) if not 48 <= byte <= 57), len(found))]
-        return int(digits) if digits else None, line
-
-    def answer(self, number: int) -> bytes:
-        """The answer to one request."""
-        while True:
-            got, line = self.receive()
-            if got == number:
-                return line
-
-    def call(self, tool: str, arguments: dict[str, Any]) -> bytes:
-        """Call a tool and return the raw answer."""
-        line = self.answer(self.send("tools/call", {"name": tool, "arguments": arguments}))
-        if b'"isError":true' in line or b'"error"' in line[:60]:
-            raise RuntimeError(f"{tool}: {line[:300]!r}")
-        return line
-
-    def initialize(self) -> float:
-        """Shake hands; returns the seconds since the process was started."""
-        client = {"name": "bench", "version": "1"}
-        self.answer(
-            self.send("initialize", {"protocolVersion": "2025-06-18", "capabilities": {}, "clientInfo": client})
-        )
-        ready = time.perf_counter() - self.started
-        self.send("notifications/initialized", {}, answered=False)
-        return ready
-
-    def memory(self) -> float:
-        """The process's proportional set size with that of its children, in MiB."""
-        total = 0
-        for pid in [self.process.pid, *children(self.process.pid)]:
-            with suppress(OSError):
-                lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-                total += next(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
-        return total / 1024
-
-    def close(self) -> None:
-        """End the process."""
-        self.stdin.close()
-        try:
-            self.process.wait(3)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-        self.stdout.close()
-
-
-def children(pid: int) -> list[int]:
-    """All descendants of a process."""
-    found: list[int] = []
-    for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        for child in map(int, task.read_text().split()):
-            found += [child, *children(child)]
-    return found
-
-
-def timed(action: Callable[[], object], repeat: int) -> float:
-    """The median of several runs, in milliseconds; the first run is for warming up."""
-    action()
-    spans: list[float] = []
-    for _ in range(repeat):
-        started = time.perf_counter()
-        action()
-        spans.append((time.perf_counter() - started) * 1000)
-    return statistics.median(spans)
-
-
-# ------------------------------------------------------------------------------------------------------ material
-
-
-def make_tree(root: Path, files: int, directories: int) -> None:
-    """A tree of text files, the same every time; one file in 500 holds the needle."""
-    choose = random.Random(1)
-    words = ["".join(choose.choices("abcdefghijklmnop", k=choose.randint(3, 9))) for _ in range(3000)]
-    for number in range(files):
-        place = number % directories
-        directory = root / f"d{place % 20}" / f"e{place % 400}" / f"f{place}"
-        directory.mkdir(parents=True, exist_ok=True)
-        lines = [" ".join(choose.choices(words, k=8)) for _ in range(choose.randint(20, 80))]
-        if number % 500 == 0:
-            lines.append("the needle_xyz is here")
-        suffix = choose.choice(["py", "py", "txt", "md", "js", "json"])
-        (directory / f"n{number}.{suffix}").write_text("\n".join(lines) + "\n")
-
-
-def make_database(path: Path) -> None:
-    """A table of 100,000 rows."""
-    connection = sqlite3.connect(path)
-    connection.execute("CREATE TABLE item (id INTEGER PRIMARY KEY, name TEXT, price REAL, note TEXT)")
-    rows = ((n, f"name {n}", n / 7, None if n % 3 else "a note") for n in range(100_000))
-    connection.executemany("INSERT INTO item VALUES (?, ?, ?, ?)", rows)
-    connection.commit()
-    connection.close()
-
-
-class Upstream(BaseHTTPRequestHandler):
-    """An HTTP API on loopback: /items answers at once, /item with the first of them, /slow after half a second."""
-
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # otherwise its two writes wait 40 ms for each other
-    body = json.dumps([{"id": n, "name": f"name {n}"} for n in range(300)]).encode()
-
-    def do_GET(self) -> None:
-        """Answer."""
-        if self.path.startswith("/slow"):
-            time.sleep(0.5)
-        body = b'{"id":0,"name":"name 0"}' if self.path == "/item" else self.body
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, format: str, *args: object) -> None:  # noqa: A002
-        """Say nothing."""
-
-
-def install_peers(cache: Path) -> list[str]:
-    """Install the peers that are not there yet; returns a line for each that cannot be had."""
-    cache.mkdir(parents=True, exist_ok=True)
-    missing: list[str] = []
-    if not (cache / "node_modules" / ".bin" / "dbhub").exists():
-        command = ["npm", "install", "--no-audit", "--no-fund", "--prefix", str(cache), *NPM_PEERS]
-        if not shutil.which("npm") or subprocess.run(command, capture_output=True, check=False).returncode:
-            missing.append("the npm peers (reference file-system server, DBHub): npm could not install them")
-    if not (cache / "venv" / "bin" / "mcp-server-sqlite").exists():
-        subprocess.run([sys.executable, "-m", "venv", str(cache / "venv")], check=True)
-        pip = [str(cache / "venv" / "bin" / "pip"), "install", "-q", *PIP_PEERS]
-        if subprocess.run(pip, capture_output=True, check=False).returncode:
-            missing.append("mcp-server-sqlite: pip could not install it")
-    return missing
-
-
-# ------------------------------------------------------------------------------------------------------ the bench
+Call = tuple[str, dict[str, Any]]  # a tool and its arguments
+COUNT = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n{}) SELECT count(*) FROM n"
+SLOW, ENDLESS = COUNT.format(" WHERE i < 300000"), COUNT.format("")
+TABLES: Call = ("list_tables", {})
 
 
 class Bench:
-    """One run: figures by work and subject, in milliseconds unless the work's name says otherwise."""
+    """One run. Its figures, by work and subject, are milliseconds unless the work's name says otherwise."""
 
-    def __init__(self, place: Path, cache: Path, quick: bool) -> None:
-        self.place, self.cache, self.quick = place, cache, quick
-        self.repeat = 3 if quick else 9
-        self.figures: dict[str, dict[str, float]] = {}
-        self.servers: dict[str, Server] = {}
-        self.missing = install_peers(cache)
-        self.tree, self.database = place / "tree", place / "bench.db"
-        self.commands = self.all_commands()
+    def __init__(self, place: Path, servers: Path, url: str, postgres: str, quick: bool) -> None:
+        self.quick, self.url, self.database, self.files = quick, url, f"{place}/bench.db", f"{place}/files"
+        self.figures: dict[str, dict[str, list[float]]] = {}
+        self.servers: dict[str, Process] = {}
+        (place / "bare.py").write_text(stand.BARE)
+        (place / "serving.py").write_text(stand.BARE_OURS.format(servers=servers))
+        (place / "apis.json").write_text(json.dumps({"local": {"base_url": url}}))
 
-    def all_commands(self) -> dict[str, list[str]]:
-        """How each subject is started; peers that are not there are left out."""
-        bins, config = self.cache / "node_modules" / ".bin", self.place / "apis.json"
-        python = sys.executable
-        (self.place / "bare.py").write_text(BARE_SERVER)
-        (self.place / "bare_big.py").write_text(BARE_SERVER.replace('return "hello"', "return TEXT"))
-        commands = {
-            "bare SDK": [python, str(self.place / "bare.py")],
-            "bare SDK, 10 MB": [python, str(self.place / "bare_big.py")],
-            "fs_server": [python, str(PROJECT / "fs_server.py"), str(self.tree), "--max-output", "0"],
-            "db_server": [python, str(PROJECT / "db_server.py"), str(self.database), "--max-output", "0"],
-            "api_server": [python, str(PROJECT / "api_server.py"), str(config)],
-            "reference fs": ["node", str(bins / "mcp-server-filesystem"), str(self.tree)],
-            "DBHub": ["node", str(bins / "dbhub"), "--transport", "stdio", "--dsn", f"sqlite://{self.database}"],
-            "mcp-server-sqlite": [
-                str(self.cache / "venv" / "bin" / "mcp-server-sqlite"),
-                "--db-path",
-                str(self.database),
-            ],
+        python, node, dbhub = str(stand.PYTHON), f"{stand.BIN}/node", f"{stand.BIN}/dbhub"
+        free = ["--max-output", "0"]
+        slow = [*free, "--timeout", "20"]
+        nothing: Call = ("nothing", {})
+        query, theirs = ("query_database", {"query": "SELECT 1"}), ("read_query", {"query": "SELECT 1"})
+        small, item = {"path": f"{self.files}/small.txt"}, {"api": "local", "endpoint": "/item"}
+        subjects: dict[str, tuple[list[str], Call]] = {  # how each is started, and its small call
+            "bare SDK": ([python, f"{place}/bare.py"], nothing),
+            "bare serving.py": ([python, f"{place}/serving.py"], nothing),
+            "fs_server": ([python, f"{servers}/fs_server.py", self.files, *free], ("read_file", small)),
+            "api_server": ([python, f"{servers}/api_server.py", f"{place}/apis.json"], ("call_api", item)),
+            "db_server": ([python, f"{servers}/db_server.py", self.database, *slow], query),
+            "pg_server": ([python, f"{servers}/pg_server.py", postgres, *slow], query),
+            "reference fs": ([node, f"{stand.BIN}/mcp-server-filesystem", self.files], ("read_text_file", small)),
+            "DBHub": ([node, dbhub, "--dsn", f"sqlite://{self.database}"], ("execute_sql", {"sql": "SELECT 1"})),
+            "mcp-server-sqlite": ([stand.SQLITE_PEER, "--db-path", self.database], theirs),
         }
-        return {
-            name: command
-            for name, command in commands.items()
-            if Path(command[0]).exists() or (command[0] == "node" and Path(command[1]).exists())
-        }
+        for name in [name for name, (command, _) in subjects.items() if not stand.is_there(command)]:
+            del subjects[name]
+        self.commands = {name: command for name, (command, _) in subjects.items()}
+        self.small = {name: call for name, (_, call) in subjects.items()}
+
+    # ------------------------------------------------------------------------------------------------ how to measure
 
     def note(self, work: str, subject: str, figure: float) -> None:
         """Keep one figure."""
-        self.figures.setdefault(work, {})[subject] = figure
-        print(f"{work:45} {subject:20} {figure:12.3f}", file=sys.stderr)
+        self.figures.setdefault(work, {}).setdefault(subject, []).append(figure)
 
-    def start_all(self) -> None:
-        """Start-up: every subject in turn, several times, so that they share the machine's moods."""
-        times: dict[str, list[float]] = {name: [] for name in self.commands}
-        lists: dict[str, list[float]] = {name: [] for name in self.commands}
-        for _ in range(self.repeat):
+    def take_turns(self, work: str, repeat: int, calls: Mapping[str, Call], **others: Callable[[], object]) -> None:
+        """Time the servers' calls and the other functions, one after the other; the first turn is for warming up."""
+        actions = {
+            name: partial(self.servers[name].call, *call) for name, call in calls.items() if name in self.servers
+        }
+        for turn in range(1 + (min(2, repeat) if self.quick else repeat)):
+            for name, action in (actions | others).items():
+                started = time.perf_counter()
+                answer = action()
+                if turn:
+                    self.note(work, name, (time.perf_counter() - started) * 1000)
+                elif isinstance(answer, bytes):
+                    self.note(f"{work}, bytes", name, len(answer))
+
+    def in_a_crowd(self, work: str, name: str, count: int, slow: Call, quick: Call) -> None:
+        """How long quick calls take while many slow ones are under way; the first comes right behind these."""
+        if name in self.commands:
+            with closing(Process(self.commands[name])) as server:
+                server.call(*quick)
+                for _ in range(count):
+                    server.send("tools/call", {"name": slow[0], "arguments": slow[1]})
+                for _ in range(20):
+                    started = time.perf_counter()
+                    server.call(*quick)
+                    self.note(work, name, (time.perf_counter() - started) * 1000)
+
+    # ---------------------------------------------------------------------------------------------- what is measured
+
+    def start(self) -> None:
+        """Start, and the memory then; one server at a time, because processes share pages."""
+        for _ in range(2 if self.quick else 5):
             for name, command in self.commands.items():
-                server = Server(command, self.place)
-                times[name].append(server.initialize() * 1000)
-                listed = server.answer(server.send("tools/list", {}))
-                lists[name].append((time.perf_counter() - server.started) * 1000)
-                self.figures.setdefault("tools/list, bytes", {})[name] = len(listed)
-                server.close()
-        for name, command in self.commands.items():
-            self.note("start to initialize", name, statistics.median(times[name]))
-            self.note("start to tools/list", name, statistics.median(lists[name]))
-            self.servers[name] = Server(command, self.place)
-            self.servers[name].initialize()
-            time.sleep(0.3)
-            self.note("memory after start, MiB", name, self.servers[name].memory())
-
-    def compare(self, work: str, calls: dict[str, tuple[str, dict[str, Any]]], repeat: int = 0) -> None:
-        """One work on several servers."""
-        for name, (tool, arguments) in calls.items():
-            if name in self.servers:
-                server = self.servers[name]
-                span = timed(lambda s=server, t=tool, a=arguments: s.call(t, a), repeat or self.repeat)
-                self.note(work, name, span)
-                self.figures.setdefault(f"{work}, bytes", {})[name] = len(server.call(tool, arguments))
+                with closing(Process(command)) as server:
+                    self.note("start", name, server.ready * 1000)
+                    listed = server.answer(server.send("tools/list", {}))
+                    time.sleep(0.2)
+                    self.note("memory after start, MiB", name, server.memory())
+                    self.figures.setdefault("list of tools, bytes", {})[name] = [len(listed)]
+        self.servers |= {name: Process(command) for name, command in self.commands.items()}
 
     def small_calls(self) -> None:
-        """Latency of one small call after the other, in bursts of each subject in turn, and a pipeline of them."""
-        calls: dict[str, tuple[str, dict[str, Any]]] = {
-            "bare SDK": ("nothing", {}),
-            "fs_server": ("read_file", {"path": "small.txt"}),
-            "db_server": ("query_database", {"query": "SELECT 1"}),
-            "api_server": ("call_api", {"api": "local", "endpoint": "/item"}),
-            "reference fs": ("read_text_file", {"path": str(self.tree / "small.txt")}),
-            "DBHub": ("execute_sql", {"sql": "SELECT 1"}),
-            "mcp-server-sqlite": ("read_query", {"query": "SELECT 1"}),
-        }
-        calls = {name: call for name, call in calls.items() if name in self.servers}
-        spans: dict[str, list[float]] = {name: [] for name in calls}
-        for number in range((4 if self.quick else 20) * 50 * len(calls)):
-            name = list(calls)[number // 50 % len(calls)]
-            tool, arguments = calls[name]
-            started = time.perf_counter()
-            self.servers[name].call(tool, arguments)
-            spans[name].append((time.perf_counter() - started) * 1000)
-        for name, (tool, arguments) in calls.items():
-            self.note("small call, p50", name, statistics.median(spans[name]))
-            self.note("small call, p99", name, sorted(spans[name])[int(len(spans[name]) * 0.99)])
-            self.note("calls a second, pipelined", name, self.pipelined(self.servers[name], tool, arguments))
+        """Small calls, one after the other and 32 at a time, in bursts; the median of a burst is one figure."""
+        for turn in range(3 if self.quick else 20):
+            for name, call in self.small.items():
+                spans: list[float] = []
+                for _ in range(50):
+                    started = time.perf_counter()
+                    self.servers[name].call(*call)
+                    spans.append((time.perf_counter() - started) * 1000)
+                if turn:
+                    self.note("small call", name, statistics.median(spans))
+                    self.note("slowest of 50", name, max(spans))
+        for _ in range(2 if self.quick else 7):
+            for name, call in self.small.items():
+                self.note("call, 32 at a time", name, self.servers[name].turnover(*call, 400))
 
-    def pipelined(self, server: Server, tool: str, arguments: dict[str, Any]) -> float:
-        """Calls a second when the next call does not wait for the last answer (32 are under way)."""
-        count, started = (500 if self.quick else 2000), time.perf_counter()
-        for _ in range(32):
-            server.send("tools/call", {"name": tool, "arguments": arguments})
-        for answered in range(count):
-            server.receive()
-            if answered < count - 32:
-                server.send("tools/call", {"name": tool, "arguments": arguments})
-        return count / (time.perf_counter() - started)
+    def read_files(self) -> None:
+        """What the file servers do, next to find, grep and tail, and how it grows."""
+        for size, repeat in zip(TREES[: 2 if self.quick else 3], (9, 5, 3), strict=False):
+            tree = f"{self.files}/{size}"
+            names, text = {"path": tree, "pattern": "**/*.py"}, {"path": tree, "pattern": "needle_xyz"}
+            calls = {"fs_server": ("search_files", names), "reference fs": ("search_files", names)}
+            if size == TREES[-1]:
+                del calls["reference fs"]  # it would take a quarter of a minute
+            self.take_turns(f"find, {size:,} files", repeat, calls, find=command("find", tree, "-name", "*.py"))
+            grep = {"grep -rn": command("grep", "-rn", "needle_xyz", tree)}
+            self.take_turns(f"search, {size:,} files", repeat, {"fs_server": ("search_text", text)}, **grep)
+        tree, big = {"path": f"{self.files}/10000"}, {"path": f"{self.files}/big.txt"}
+        self.take_turns("tree", 5, dict.fromkeys(("fs_server", "reference fs"), ("directory_tree", tree)))
+        self.take_turns("10 MB text", 9, {"fs_server": ("read_file", big), "reference fs": ("read_text_file", big)})
+        for size in stand.LONG_FILES:
+            path = f"{self.files}/long{size}.txt"
+            last = {"path": path, "tail": 10}
+            calls = {"fs_server": ("read_file", last), "reference fs": ("read_text_file", last)}
+            self.take_turns(f"tail, {size:,} MB", 15, calls, tail=command("tail", "-n10", path))
 
-    def files(self) -> None:
-        """What the file servers do, next to find and grep."""
-        tree = str(self.tree)
-        self.compare(
-            "10 MB text",
-            {
-                "fs_server": ("read_file", {"path": "big.txt"}),
-                "reference fs": ("read_text_file", {"path": f"{tree}/big.txt"}),
-                "bare SDK, 10 MB": ("nothing", {}),
-            },
-        )
-        find = {
-            "fs_server": ("search_files", {"path": ".", "pattern": "**/*.py"}),
-            "reference fs": ("search_files", {"path": tree, "pattern": "**/*.py"}),
-        }
-        self.compare("find **/*.py", {"fs_server": find["fs_server"]})
-        self.compare("find **/*.py", {"reference fs": find["reference fs"]}, 2)
-        self.floor("find **/*.py", "find", ["find", tree, "-name", "*.py"])
-        self.compare("search a literal", {"fs_server": ("search_text", {"path": ".", "pattern": "needle_xyz"})})
-        self.floor("search a literal", "grep -rn", ["grep", "-rn", "needle_xyz", tree])
-        trees = {
-            "fs_server": ("directory_tree", {"path": "."}),
-            "reference fs": ("directory_tree", {"path": tree}),
-        }
-        self.compare("directory tree", trees)
+    def read_rows(self) -> None:
+        """Rows out of SQLite and PostgreSQL, and how it grows."""
+        with closing(sqlite3.connect(self.database)) as connection:
+            for count, repeat in zip((10, *ROWS[: 3 if self.quick else 4]), (30, 15, 9, 5, 2), strict=False):
+                sql = f"SELECT * FROM item LIMIT {count}"
+                ours: Call = ("query_database", {"query": sql, "limit": count})
+                calls = {"db_server": ours, "DBHub": ("execute_sql", {"sql": sql})}
+                if count < ROWS[-1]:
+                    calls |= {"mcp-server-sqlite": ("read_query", {"query": sql}), "pg_server": ours}
+                plain = {"sqlite3 + json.dumps": lambda sql=sql: json.dumps(connection.execute(sql).fetchall())}
+                self.take_turns(f"{count:,} rows", repeat, calls, **plain)
 
-    def floor(self, work: str, name: str, command: list[str]) -> None:
-        """A plain tool, as a whole process."""
-        self.note(
-            work, name, timed(lambda: subprocess.run(command, stdout=subprocess.DEVNULL, check=True), self.repeat)
-        )
-
-    def rows(self) -> None:
-        """Rows out of SQLite."""
-        connection = sqlite3.connect(self.database)
-        for count in (10, 1000, 100_000):
-            sql, work = f"SELECT * FROM item LIMIT {count}", f"{count} rows"
-            self.compare(
-                work,
-                {
-                    "db_server": ("query_database", {"query": "SELECT * FROM item", "limit": count}),
-                    "DBHub": ("execute_sql", {"sql": sql}),
-                    "mcp-server-sqlite": ("read_query", {"query": sql}),
-                },
-                3 if count > 1000 else 0,
-            )
-            plain = timed(lambda q=sql: json.dumps(connection.execute(q).fetchall()), self.repeat)
-            self.note(work, "sqlite3 + json.dumps", plain)
-        connection.close()
-
-    def http(self, port: int) -> None:
-        """A cached answer, one from the upstream, and plain httpx."""
+    def call_apis(self) -> None:
+        """An answer of 10 kB from the cache, from the API, and by httpx alone."""
         import httpx
 
-        self.compare("cached answer", {"api_server": ("call_api", {"api": "local", "endpoint": "/items"})}, 200)
-        anew = {"api": "local", "endpoint": "/items", "use_cache": False}
-        self.compare("answer from the upstream", {"api_server": ("call_api", anew)}, 50)
+        items = {"api": "local", "endpoint": "/items"}
         with httpx.Client() as client:
-            url = f"http://127.0.0.1:{port}/items"
-            self.note("answer from the upstream", "httpx", timed(lambda: client.get(url).json(), 50))
+            self.take_turns("answer from the cache", 50, {"api_server": ("call_api", items)})
+            anew = {"api_server": ("call_api", {**items, "use_cache": False})}
+            self.take_turns("answer from the API", 50, anew, httpx=lambda: client.get(f"{self.url}/items").json())
 
-    def crowd(self) -> None:
-        """How long one quick call takes among 64 slow ones."""
-        slow_sql = (
-            "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i+1 FROM n WHERE i < 300000) SELECT count(*) FROM n"
+    def serve_http(self) -> None:
+        """Small calls of 1 to 64 clients over HTTP."""
+        with ExitStack() as stack:
+            servers: dict[str, OverHttp] = {}
+            for name in ("bare SDK", "bare serving.py", "fs_server", "db_server"):
+                servers[name] = stack.enter_context(closing(OverHttp(self.commands[name], *self.small[name])))
+            for turn in range(2 if self.quick else 4):
+                for clients in (1, 4, 16, 64):
+                    for name, server in servers.items():
+                        span = server.turnover(clients, 128)
+                        if turn:
+                            self.note(f"HTTP, {clients} clients", name, span)
+
+    def crowds(self) -> None:
+        """Quick calls among slow ones."""
+        query, endless = ("query_database", {"query": SLOW}), ("query_database", {"query": ENDLESS})
+        search = ("search_text", {"path": "10000", "pattern": "no"})
+        find = ("search_files", {"path": f"{self.files}/1000", "pattern": "**/*.py"})
+        wait = ("call_api", {"api": "local", "endpoint": "/slow", "use_cache": False})
+        for name, slow, quick in (
+            ("fs_server", search, self.small["fs_server"]),
+            ("reference fs", find, self.small.get("reference fs")),
+            ("api_server", wait, self.small["api_server"]),
+            ("db_server", query, TABLES),
+            ("pg_server", query, TABLES),
+            ("DBHub", ("execute_sql", {"sql": SLOW}), ("search_objects", {"object_type": "table"})),
+        ):
+            self.in_a_crowd("quick call among 64 slow ones", name, 64, slow, quick or TABLES)
+        for name in ("db_server", "pg_server"):
+            self.in_a_crowd("list_tables among 8 endless statements", name, 8, endless, TABLES)
+
+    def memory_after_calls(self) -> None:
+        """Memory after 10,000 mixed calls as a ratio of what it was after the first 2,000, when all caches are full."""
+        query, describe = (
+            ("query_database", {"query": "SELECT * FROM item", "limit": 10}),
+            ("describe_table", {"table": "item"}),
         )
-        crowds: dict[str, tuple[tuple[str, dict[str, Any]], tuple[str, dict[str, Any]]]] = {
-            "fs_server": (("search_text", {"path": ".", "pattern": "nothing"}), ("read_file", {"path": "small.txt"})),
-            "api_server": (
-                ("call_api", {"api": "local", "endpoint": "/slow", "use_cache": False}),
-                ("call_api", {"api": "local", "endpoint": "/items"}),
-            ),
-            "db_server": (("query_database", {"query": slow_sql}), ("query_database", {"query": "SELECT 1"})),
-            "DBHub": (("execute_sql", {"sql": slow_sql}), ("execute_sql", {"sql": "SELECT 1"})),
-            "reference fs": (
-                ("search_files", {"path": str(self.tree / "d0"), "pattern": "**/*.py"}),
-                ("read_text_file", {"path": str(self.tree / "small.txt")}),
-            ),
-        }
-        for name, (slow, quick) in crowds.items():
-            if name not in self.servers:
-                continue
-            server = self.servers[name]
-            for _ in range(64):
-                server.send("tools/call", {"name": slow[0], "arguments": slow[1]})
-            started = time.perf_counter()
-            number = server.send("tools/call", {"name": quick[0], "arguments": quick[1]})
-            waiting, overtaken = {*range(number - 64, number + 1)}, 0
-            while waiting:
-                got, _ = server.receive()
-                waiting.discard(got or 0)
-                if got == number:
-                    overtaken = len(waiting)
-                    self.note("quick call among 64 slow ones", name, (time.perf_counter() - started) * 1000)
-            self.note("64 slow calls, all together", name, (time.perf_counter() - started) * 1000)
-            self.note("slow calls that the quick one overtook", name, overtaken)
-
-    def growth(self) -> None:
-        """How the time grows with the size: the slope in the logarithms of both (1 = in proportion)."""
-        fs = self.servers["fs_server"]
-        for size in (1, 10, 100):
-            path = self.tree / f"grow{size}.txt"
-            path.write_bytes(b"x" * 79 + b"\n")
-            with path.open("ab") as file:
-                for _ in range(size):
-                    file.write((b"x" * 79 + b"\n") * 12_500)
-            arguments = {"path": path.name, "tail": 10}
-            self.note("tail of 1, 10, 100 MB", f"{size} MB", timed(lambda a=arguments: fs.call("read_file", a), 20))
-            arguments = {"path": path.name, "offset": size * 12_000, "head": 10}
-            self.note("10 lines at the end", f"{size} MB", timed(lambda a=arguments: fs.call("read_file", a), 10))
-            path.unlink()
-        for part, files in (("d0/e0", 49), ("d0", 1000), (".", FILES)):
-            arguments = {"path": part, "pattern": "*.py"}
-            self.note("find in more files", f"{files} files", timed(lambda a=arguments: fs.call("search_files", a), 5))
-        works = ["10 rows", "1000 rows", "100000 rows"]
-        db = [(float(work.split()[0]), self.figures[work]["db_server"]) for work in works if work in self.figures]
-        for name, points in {
-            "10 lines at the end": [(float(k.split()[0]), v) for k, v in self.figures["10 lines at the end"].items()],
-            "find in more files": [(float(k.split()[0]), v) for k, v in self.figures["find in more files"].items()],
-            "rows": db[1:],
-        }.items():
-            (x0, y0), (x1, y1) = points[-2], points[-1]
-            self.note("slope between the larger two", name, math.log(y1 / y0) / math.log(x1 / x0))
-
-    def steady_memory(self) -> None:
-        """Memory after many mixed calls, next to what it was after a first round of the same."""
-        mixed: dict[str, list[tuple[str, dict[str, Any]]]] = {
-            "fs_server": [
-                ("read_file", {"path": "small.txt"}),
-                ("list_directory", {"path": "d0/e0"}),
-                ("search_text", {"path": "d0/e0", "pattern": "needle"}),
-                ("directory_tree", {"path": "d0/e0"}),
-            ],
-            "db_server": [
-                ("query_database", {"query": "SELECT * FROM item", "limit": 10}),
-                ("describe_table", {"table": "item"}),
-                ("list_tables", {}),
-            ],
-            "api_server": [
-                ("call_api", {"api": "local", "endpoint": "/items"}),
-                ("call_api", {"api": "local", "endpoint": "/items", "use_cache": False}),
-                ("list_apis", {}),
-            ],
-            "bare SDK": [("nothing", {})],
-        }
-        count = 1000 if self.quick else 10_000
+        place, items = {"path": "1000/d0/e0"}, {"api": "local", "endpoint": "/items"}
+        search = ("search_text", {**place, "pattern": "needle"})
+        files = [self.small["fs_server"], ("list_directory", place), search, ("directory_tree", place)]
+        apis: list[Call] = [("call_api", items), ("call_api", {**items, "use_cache": False}), ("list_apis", {})]
+        rows = [query, TABLES, describe]
+        mixed: dict[str, list[Call]] = {"fs_server": files, "api_server": apis, "db_server": rows, "pg_server": rows}
         for name, calls in mixed.items():
-            server = self.servers[name]
-            for number in range(500):
-                server.call(*calls[number % len(calls)])
-            before = server.memory()
-            for number in range(count):
-                server.call(*calls[number % len(calls)])
-            self.note(f"memory growth over {count} calls, %", name, 100 * (server.memory() / before - 1))
+            after: list[float] = []
+            for count in (500, 1_000) if self.quick else (2_000, 8_000):
+                for call in calls:
+                    self.servers[name].turnover(*call, count // len(calls))
+                after.append(self.servers[name].memory())
+            self.note("memory after 10,000 calls, of that after 2,000", name, after[1] / after[0])
 
 
-# --------------------------------------------------------------------------------------------------------- results
-
-GOALS = [  # (what, work, ours, other, at most this ratio)
-    ("small call, fs", "small call, p50", "fs_server", "bare SDK", 0.6),
-    ("small call, db", "small call, p50", "db_server", "bare SDK", 0.6),
-    ("small call, api (cached)", "small call, p50", "api_server", "bare SDK", 0.6),
-    ("calls a second, fs (turned over)", "calls a second, pipelined", "bare SDK", "fs_server", 0.6),
-    ("calls a second, db (turned over)", "calls a second, pipelined", "bare SDK", "db_server", 0.6),
-    ("calls a second, api (turned over)", "calls a second, pipelined", "bare SDK", "api_server", 0.6),
-    ("start, fs", "start to initialize", "fs_server", "bare SDK", 1.0),
-    ("start, db", "start to initialize", "db_server", "bare SDK", 1.0),
-    ("start, api", "start to initialize", "api_server", "bare SDK", 1.0),
-    ("find next to find", "find **/*.py", "fs_server", "find", 3.0),
-    ("find next to the reference server", "find **/*.py", "fs_server", "reference fs", 1 / 30),
-    ("text search next to grep", "search a literal", "fs_server", "grep -rn", 5.0),
-    ("10 MB text", "10 MB text", "fs_server", "reference fs", 0.4),
-    ("tree", "directory tree", "fs_server", "reference fs", 0.5),
-    ("tree, bytes", "directory tree, bytes", "fs_server", "reference fs", 0.1),
-    ("10 rows", "10 rows", "db_server", "DBHub", 0.5),
-    ("1,000 rows", "1000 rows", "db_server", "DBHub", 0.5),
-    ("100,000 rows", "100000 rows", "db_server", "DBHub", 0.5),
-    ("100,000 rows next to sqlite3", "100000 rows", "db_server", "sqlite3 + json.dumps", 3.0),
-    ("memory after start, fs", "memory after start, MiB", "fs_server", "bare SDK", 1.1),
-    ("memory after start, db", "memory after start, MiB", "db_server", "bare SDK", 1.1),
-    ("memory after start, api", "memory after start, MiB", "api_server", "bare SDK", 1.1),
-]
+def command(*words: str) -> Callable[[], object]:
+    """What runs a program, without its output."""
+    return partial(subprocess.run, words, stdout=subprocess.DEVNULL, check=True)
 
 
-RESULTS = PROJECT / "benchmarks" / "RESULTS.md"
-TRIED = "## What was tried"  # written by hand; a new run keeps it
-
-
-def report(bench: Bench) -> str:
-    """The results as Markdown."""
-    node = subprocess.run(["node", "--version"], capture_output=True, text=True, check=False).stdout.strip()
-    cpu = next(
-        (x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x), ""
-    )
-    out = [
-        "# Results",
-        "",
-        "Written by `python benchmarks/bench.py`; what it does is in its first lines. Medians of one run.",
-        "",
-        f"- {platform.system()} {platform.machine()}, {os.cpu_count()} processors ({cpu}), {time.strftime('%Y-%m-%d')}",
-        f"- Python {platform.python_version()}, SQLite {sqlite3.sqlite_version}, Node {node}, mcp {version('mcp')},"
-        f" httpx {version('httpx')}, aiosqlite {version('aiosqlite')}",
-        f"- peers: {', '.join(NPM_PEERS + PIP_PEERS)}",
-        *(f"- not measured: {line}" for line in bench.missing),
-        "",
-        "## Next to the goals",
-        "",
-        "| | ratio | at most | |",
-        "|---|---:|---:|---|",
-    ]
-    for what, work, ours, other, goal in GOALS:
-        figures = bench.figures.get(work, {})
-        if ours in figures and other in figures:
-            ratio = figures[ours] / figures[other]
-            out.append(f"| {what} | {ratio:.3g} | {goal:.3g} | {'' if ratio <= goal else 'missed'} |")
-    subjects = list(dict.fromkeys(name for figures in bench.figures.values() for name in figures))
-    out += ["", "## All figures", "", "Milliseconds, where nothing else is said.", ""]
-    for work, figures in bench.figures.items():
-        cells = ", ".join(f"{name} **{figures[name]:.4g}**" for name in subjects if name in figures)
-        out.append(f"- {work}: {cells}")
-    return "\n".join([*out, "", TRIED, "", RESULTS.read_text().partition(TRIED)[2].strip("\n")]) + "\n"
+def run(place: Path, servers: Path, quick: bool, tell: Callable[[str], None]) -> Bench:
+    """Make the material in `place`, start everything, and measure."""
+    with ExitStack() as stack:
+        tell("make files and databases")
+        place.chmod(0o755)  # PostgreSQL does not run as root
+        stand.make_files(place / "files", TREES[:2] if quick else TREES)
+        stand.make_database(place / "bench.db", ROWS[2] if quick else ROWS[3])
+        postgres, database_url = stand.start_postgres(place / "pg")
+        stack.callback(postgres.cleanup)
+        url = stack.enter_context(stand.api())
+        bench = Bench(place, servers, url, database_url, quick)
+        stack.callback(lambda: [server.close() for server in bench.servers.values()])
+        os.sync()  # what is written later would disturb what is measured
+        works = (bench.start, bench.small_calls, bench.read_files, bench.read_rows, bench.call_apis, bench.serve_http)
+        for work in (*works, bench.memory_after_calls, bench.crowds):
+            tell(work.__name__.replace("_", " "))
+            work()
+    return bench
 
 
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description="Measure the servers next to their peers.")
-    parser.add_argument("--quick", action="store_true", help="fewer repetitions; prints, and writes no file")
-    default = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "small-mcp-servers-bench"
-    parser.add_argument("--cache", type=Path, default=default, help="where peers are installed (%(default)s)")
+    parser.add_argument("--quick", action="store_true", help="fewer repetitions and sizes; prints, writes no results")
+    parser.add_argument("--servers", type=Path, default=PROJECT, help="a directory with another version of the servers")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as name:
-        place = Path(name)
-        make_tree(place / "tree", FILES, DIRECTORIES)
-        (place / "tree" / "big.txt").write_text(("x" * 79 + "\n") * 125_000)
-        (place / "tree" / "small.txt").write_text("hello\n")
-        make_database(place / "bench.db")
-        upstream = ThreadingHTTPServer(("127.0.0.1", 0), Upstream)
-        upstream.daemon_threads = True
-        threading.Thread(target=upstream.serve_forever, daemon=True).start()
-        port = upstream.server_address[1]
-        (place / "apis.json").write_text(json.dumps({"local": {"base_url": f"http://127.0.0.1:{port}"}}))
-        bench = Bench(place, args.cache, args.quick)
-        bench.start_all()
-        try:
-            bench.small_calls()
-            bench.files()
-            bench.rows()
-            bench.http(port)
-            bench.crowd()
-            bench.growth()
-            bench.steady_memory()
-        finally:
-            for server in bench.servers.values():
-                server.close()
-            upstream.shutdown()
-            upstream.server_close()
-        text = report(bench)
-    if args.quick:
-        print(text)
-    else:
-        RESULTS.write_text(text)
+    if Path(sys.prefix) != HOME / "venv":
+        if not stand.install_ours():
+            sys.exit("what the benchmark needs could not be installed")
+        os.execv(stand.PYTHON, [str(stand.PYTHON), *sys.argv])
+    missing = stand.install_peers()
+    started, parts = time.monotonic(), ["begin"]
+
+    def each_minute() -> None:
+        while True:
+            time.sleep(60)
+            print(f"{(time.monotonic() - started) / 60:.0f} min: {parts[-1]} (part {len(parts) - 1} of 9)", flush=True)
+
+    threading.Thread(target=each_minute, daemon=True).start()
+    with tempfile.TemporaryDirectory(prefix="bench") as name:
+        figures = run(Path(name), args.servers.resolve(), args.quick, parts.append).figures
+
+    import report
+
+    report.write(figures, missing, quick=args.quick)
+    print(f"{time.monotonic() - started:.0f} s")
 
 
 if __name__ == "__main__":
