@@ -96,7 +96,7 @@ class Dialect(NamedTuple):
     plan: str = "SCAN reads every row, SEARCH uses an index, TEMP B-TREE sorts"
 
 
-def build(database: Any, served: str, options: "Options") -> "Server":
+def build(database: Any, served: str, options: "Options", name: str = "db-server") -> "Server":
     """A server with the tools and resources on any kind of database, as `Files` is one; `served` says to the model what
     it queries, such as "shop.db as main".
 
@@ -128,7 +128,7 @@ def build(database: Any, served: str, options: "Options") -> "Server":
             return [resource(*row) for row in found]
 
     about = f"Read-only SQL ({database.dialect.name}) on {served}. Begin with list_tables and describe_table."
-    server = DatabaseServer("db-server", about, options, lifespan=lambda _: database.running())  # pyright: ignore[reportUnknownLambdaType]
+    server = DatabaseServer(name, about, options, lifespan=lambda _: database.running())  # pyright: ignore[reportUnknownLambdaType]
     server.health = database.check
     add_tools(server, database, options.max_output)
     names = ResourceSecurity(exempt_params={"schema", "table"})  # of tables, whatever they look like, are no paths

@@ -53,6 +53,7 @@ CONNECT_TRY = 5  # seconds for one try
 MAX_PAUSE = 1.6  # seconds between the tries; each pause is twice as long as the one before
 READY_TIME = 2.0  # seconds for BEGIN: a pooler in between makes us wait until it has a connection to the database
 SHRUNK_TIME = 5.0  # seconds for which no more calls run at once than the database has just had connections for
+MAX_CELL = 2**20  # characters without --max-output: rows of wider ones could be fetched one at a time only
 CHUNK, MAX_CHUNK = 4 * 2**20, 1_000  # characters (without --max-output db.MAX_RESULT), and rows, fetched at a time
 
 # ------------------------------------------------------------------------------------------------ read-only layers
@@ -123,7 +124,7 @@ def in_transaction(work: Callable[..., Awaitable[Any]]) -> Any:
 
 
 class Postgres:
-    """A PostgreSQL database, as the tools of db_server.py need it: see `Database` there."""
+    """A PostgreSQL database, as the tools of db_server.py need it: see `build` there."""
 
     dialect = db.Dialect(
         name="PostgreSQL",
@@ -145,8 +146,8 @@ class Postgres:
     async def query(self, session: Any, sql: str, params: Params, limit: int, offset: int, max_output: int) -> Answer:
         """What `query_database` answers."""
         sql, values, columns = await compiled(session, sql, params)
-        width, room = (db.MAX_CELL, max_output) if max_output else (db.MAX_RESULT // 8, db.MAX_RESULT)
-        lines = await fetch(session, sql, values, columns, width, limit + 1, offset, room)
+        width = min(db.MAX_CELL, max_output // 4) if max_output else MAX_CELL
+        lines = await fetch(session, sql, values, columns, width, limit + 1, offset, max_output or db.MAX_RESULT)
         if offset and not lines:
             total = await session.fetchval(f"SELECT count(*)::text FROM ({PART.format(sql)}) AS s", *values)
             raise QueryError(f"offset={offset} is past the end: the query has {total} rows; use a smaller offset")
@@ -582,7 +583,7 @@ def refusal(exc: Exception, given: Mapping[str, str]) -> Exception:
 
 def build_server(url: str, options: serving.Options, **settings: Any) -> serving.Server:
     """A server for the database of a postgresql:// URL, with `settings` of `Postgres`. Raises ConfigError."""
-    return db.build(Postgres(url, **settings), "one database", options)
+    return db.build(Postgres(url, **settings), "one database", options, "pg-server")
 
 
 def start(args: Any, options: serving.Options) -> serving.Server:

@@ -64,7 +64,7 @@ def large_spec() -> dict[str, Any]:
     return {"openapi": "3.0.3", "info": {"title": "Big", "version": "9"}, "paths": paths, "components": components}
 
 
-async def test_a_search_finds_operations_in_a_few_hundred_tokens(tmp_path: Path) -> None:
+async def test_a_search_finds_operations_in_a_few_hundred_tokens_and_none_lists_tags_or_all(tmp_path: Path) -> None:
     async with described(tmp_path, large_spec()) as client:
         text = await describe(client, search="GET thing number 42")
         assert text.splitlines()[0].startswith("GET /repos/{owner}/things42/{id}: get the thing number 42")
@@ -75,133 +75,116 @@ async def test_a_search_finds_operations_in_a_few_hundred_tokens(tmp_path: Path)
         text = await describe(client, search="zebra things7")
         assert "things7/" in text.splitlines()[0]  # what holds some of the words follows
         assert "no operation has zebra: these hold some of the words" in text.splitlines()[-1]
+        text = await describe(client)
+        assert all(part in text for part in ("Big 9: 600 operations", "group3 ("))
+    async with described(tmp_path, json.loads((PROJECT / "examples/local-openapi.json").read_text())) as client:
+        assert "POST /echo: Send the request back (echo) [method not allowed here]" in await describe(client)
+
+
+# A few of the operations that people look for in other words than the file's.
+OPERATIONS: list[str] = [
+    *"""
+    get    /issues                          issues/list-for-repo    List repository issues
+    patch  /issues/{issue_number}           issues/update           Update an issue
+    get    /issues/{issue_number}           issues/get              Get an issue
+    put    /issues/{issue_number}/lock      issues/lock             Lock an issue
+    get    /pulls                           pulls/list              List pull requests
+    get    /pulls/{pull_number}/files       pulls/list-files        List pull requests files
+    delete /git/refs/{ref}                  git/delete-ref          Delete a reference
+    get    /contents/{path}                 repos/get-content       Get repository content
+    delete /contents/{path}                 repos/delete-file       Delete a file
+    get    /{archive}/{ref}                 repos/archive           Download an archive
+    """.strip().splitlines()
+]
+for number in range(10):
+    OPERATIONS.append(f"delete /things{number} delete-thing-{number} Delete the thing {number}")
+    OPERATIONS.append(f"get /others{number} list-other-{number} List the others {number}")
 
 
 def small_spec() -> dict[str, Any]:
-    """A few of the operations that people look for in other words than the file's."""
     state = {"properties": {"title": {}, "state": {"enum": ["open", "closed"], "description": "The state."}}}
-    body = {"content": {"application/json": {"schema": state}}}
-    spoilt = {"422": {"description": "An attempt was made to delete the default branch."}}
-    repo = "/repos/{owner}/{repo}"
-
-    def operation(name: str, summary: str, **more: Any) -> dict[str, Any]:
-        return {"operationId": name, "summary": summary, **more}
-
-    paths: dict[str, Any] = {
-        f"{repo}/issues": {"get": operation("issues/list-for-repo", "List repository issues")},
-        f"{repo}/issues/{{issue_number}}": {
-            "patch": operation("issues/update", "Update an issue", requestBody=body),
-            "get": operation("issues/get", "Get an issue"),
-        },
-        f"{repo}/issues/{{issue_number}}/lock": {"put": operation("issues/lock", "Lock an issue")},
-        f"{repo}/pulls": {"get": operation("pulls/list", "List pull requests", tags=["pulls"])},
-        f"{repo}/pulls/{{pull_number}}/files": {"get": operation("pulls/list-files", "List pull requests files")},
-        f"{repo}/git/refs/{{ref}}": {"delete": operation("git/delete-ref", "Delete a reference", responses=spoilt)},
-        f"{repo}/contents/{{path}}": {
-            "get": operation("repos/get-content", "Get repository content"),
-            "delete": operation("repos/delete-file", "Delete a file"),
-        },
-        f"{repo}/{{archive}}/{{ref}}": {"get": operation("repos/archive", "Download an archive")},
+    more: dict[str, dict[str, Any]] = {
+        "issues/update": {"requestBody": {"content": {"application/json": {"schema": state}}}},
+        "git/delete-ref": {"responses": {"422": {"description": "An attempt was made to delete the default branch."}}},
+        "pulls/list": {"tags": ["pulls"]},
     }
-    for n in range(10):
-        paths[f"{repo}/things{n}"] = {"delete": operation(f"delete-thing-{n}", f"Delete the thing {n}")}
-        paths[f"{repo}/others{n}"] = {"get": operation(f"list-other-{n}", f"List the others {n}")}
+    paths: dict[str, dict[str, Any]] = {}
+    for method, path, name, summary in (line.split(maxsplit=3) for line in OPERATIONS):
+        item = paths.setdefault(f"/repos/{{owner}}/{{repo}}{path}", {})
+        item[method] = {"operationId": name, "summary": summary} | more.get(name, {})
     return {"openapi": "3.1.0", "paths": paths}
 
 
-@pytest.mark.parametrize(
-    ("search", "name"),
-    [
+# What finds which operation: other words than the file's, and endpoints whose last parameter may hold slashes.
+FOUND = {
+    "search": [
         ("list open pull requests", "pulls/list"), ("close an issue", "issues/update"),
         ("delete a branch", "git/delete-ref"), ("remove file", "repos/delete-file"),
         ("listForRepo", "issues/list-for-repo"), ("update the zebra of an issue", "issues/update"),
     ],
-)  # fmt: skip
-async def test_a_search_in_other_words_finds_what_is_meant(tmp_path: Path, search: str, name: str) -> None:
+    "endpoint": [
+        ("/repos/o/r/contents/src/a/main.py", "repos/get-content"), ("/repos/o/r/zipball/main", "repos/archive"),
+        ("/repos/o/r/contents/a", "repos/get-content"),  # and not /{archive}/{ref}, which fits, too
+        ("DELETE /repos/o/r/git/refs/heads/feature/x", "git/delete-ref"), ("/repos/o/r/issues/5?x=/1/2", "issues/get"),
+    ],
+}  # fmt: skip
+
+
+async def test_other_words_and_whole_paths_find_what_is_meant(tmp_path: Path) -> None:
     async with described(tmp_path, small_spec()) as client:
-        assert f"({name})" in (await describe(client, search=search)).splitlines()[0]
+        for argument, searches in FOUND.items():
+            for text, name in searches:
+                assert f"({name})" in (await describe(client, **{argument: text})).splitlines()[0], text
 
 
-async def test_without_arguments_the_tags_are_listed_or_the_few_operations(tmp_path: Path) -> None:
+async def test_one_operation_is_shown_with_its_references_resolved_or_an_error_says_what_to_do(tmp_path: Path) -> None:
     async with described(tmp_path, large_spec()) as client:
-        text = await describe(client)
-        assert "Big 9: 600 operations" in text
-        assert "group3 (" in text
-    local = json.loads((PROJECT / "examples/local-openapi.json").read_text())
-    async with described(tmp_path, local) as client:
-        assert "POST /echo: Send the request back (echo) [method not allowed here]" in await describe(client)
-
-
-@pytest.mark.parametrize(
-    "endpoint",
-    ["GET /repos/{owner}/things3/{id}", "get /repos/me/things3/77", "getThing3", "GET repos/me/things3/77?page=2"],
-)
-async def test_one_operation_is_shown_with_its_references_resolved(tmp_path: Path, endpoint: str) -> None:
-    async with described(tmp_path, large_spec()) as client:
-        text = await describe(client, endpoint=endpoint)
+        names = (
+            "GET /repos/{owner}/things3/{id}",
+            "get /repos/me/things3/77",
+            "getThing3",
+            "GET repos/me/things3/77?x=2",
+        )
+        texts = [await describe(client, endpoint=name) for name in names]
         for part in (
             "page (query, integer = 1)", '"id":"integer"', '"parent?":"Thing again"', '"children?":["Thing again"]',
-            '"outside?":"http://127.0.0.1:1/evil.json#/X (not in this file)"',
-            '"file?":"/etc/passwd (not in this file)"',
+            '"outside?":"http://127.0.0.1:1/evil.json#/X (not in this file)"', '"kind?":"a | b"',
+            '"file?":"/etc/passwd (not in this file)"', '"either?":"string | integer|null"',
             '"missing?":"#/components/schemas/Nope (not in this file)"', '"loop?":"a reference that leads in a circle"',
-            '"listed?":"integer|null"', '"kind?":"a | b"', '"either?":"string | integer|null"',
-            '"both?":{"x?":"string","y?":"number"}', '"map?":{"<any name>":"boolean"}',
+            '"listed?":"integer|null"', '"both?":{"x?":"string","y?":"number"}', '"map?":{"<any name>":"boolean"}',
         ):  # fmt: skip
-            assert part in text
-        assert "root:" not in text
-
-
-@pytest.mark.parametrize(
-    ("endpoint", "name"),
-    [
-        ("/repos/o/r/contents/src/a/main.py", "repos/get-content"),
-        ("/repos/o/r/contents/a", "repos/get-content"),  # and not /{archive}/{ref}, which fits, too
-        ("DELETE /repos/o/r/git/refs/heads/feature/x", "git/delete-ref"),
-        ("/repos/o/r/zipball/main", "repos/archive"),
-        ("/repos/o/r/issues/5?x=/1/2", "issues/get"),
-    ],
-)
-async def test_a_last_parameter_may_hold_slashes(tmp_path: Path, endpoint: str, name: str) -> None:
-    async with described(tmp_path, small_spec()) as client:
-        assert f"({name})" in (await describe(client, endpoint=endpoint)).splitlines()[0]
+            assert all(part in text and "root:" not in text for text in texts)
+        text = await describe(client, endpoint="/repos/a/things3/1")
+        assert (text[:4], text.count("[method not allowed here]")) == ("GET ", 3)  # the allowed one comes first
+        assert "find it with search" in await refused(client, "describe_api", api="demo", endpoint="/nope")
+        assert "not both" in await refused(client, "describe_api", api="demo", endpoint="/a", search="b")
+        for api in ("plain", "nope"):
+            assert f"no OpenAPI file for '{api}', only for demo" in await refused(client, "describe_api", api=api)
 
 
 async def test_all_top_fields_come_before_what_is_deeper(tmp_path: Path) -> None:
-    deep: dict[str, Any] = {
-        "properties": {f"d{n}": {"properties": {f"e{m}": {} for m in range(20)}} for n in range(20)}
-    }
+    fields: dict[str, Any] = {f"d{n}": {"properties": {f"e{m}": {} for m in range(20)}} for n in range(20)}
+    deep: dict[str, Any] = {"properties": fields}
     body: dict[str, Any] = {"properties": {f"field{n}": deep if n == 3 else {"type": "string"} for n in range(15)}}
-    media: dict[str, Any] = {
-        "application/json": {"schema": body},
-        "application/xml": {"schema": body},
-        "text/csv": {"schema": {}},
-    }
-    spec: dict[str, Any] = {"openapi": "3.0.0", "paths": {"/a": {"post": {"requestBody": {"content": media}}}}}
-    async with described(tmp_path, spec) as client:
+    media: dict[str, Any] = {kind: {"schema": body} for kind in ("application/json", "application/xml")}
+    media["text/csv"] = {"schema": {}}
+    # Choices and descriptions beside properties do not hide them.
+    thing: dict[str, Any] = {"properties": {"id": {"type": "integer"}}, "required": ["id"]}
+    words = {"allOf": [{"description": "words"}, {"$ref": "#/T"}]}
+    both = {"properties": {"one": words, "text": {"allOf": [{"type": "string"}]}}, "anyOf": [{"required": ["one"]}]}
+    either: dict[str, Any] = {"properties": {"a": {}}, "oneOf": [{"$ref": "#/T"}, {"properties": {"b": {}}}]}
+    choices = {"application/json": {"schema": both}, "application/x": {"schema": either}}
+    bodies = {"/a": media, "/b": choices}
+    paths = {path: {"post": {"requestBody": {"content": content}}} for path, content in bodies.items()}
+    async with described(tmp_path, {"openapi": "3.0.0", "paths": paths, "T": thing}) as client:
         text = await describe(client, endpoint="/a")
         assert all(f'"field{n}?":' in text for n in range(15))
         assert '"field3?":{"d0?":"…"' in text  # of the next level all that fits, and of the third none
         assert "data application/json, application/xml: {" in text  # one schema is shown once
-        assert "data text/csv: any" in text
+        assert all(part in text for part in ("data text/csv: any", "… stands for the rest]"))
         assert text.count("field1?") == 1
-        assert "… stands for the rest]" in text
-
-
-async def test_choices_and_descriptions_beside_properties_do_not_hide_them(tmp_path: Path) -> None:
-    schemas: dict[str, Any] = {"T": {"properties": {"id": {"type": "integer"}}, "required": ["id"]}}
-    body: dict[str, Any] = {
-        "properties": {
-            "described": {"allOf": [{"description": "words"}, {"$ref": "#/T"}]},
-            "text": {"allOf": [{"type": "string"}]},
-        },
-        "anyOf": [{"required": ["described"]}, {"required": ["text"]}],
-    }
-    either: dict[str, Any] = {"properties": {"a": {}}, "oneOf": [{"$ref": "#/T"}, {"properties": {"b": {}}}]}
-    media = {"application/json": {"schema": body}, "application/x": {"schema": either}}
-    spec = {"openapi": "3.0.0", "paths": {"/a": {"post": {"requestBody": {"content": media}}}}} | schemas
-    async with described(tmp_path, spec) as client:
-        text = await describe(client, endpoint="/a")
-        assert '{"described?":{"id":"integer"},"text?":"string"}' in text
+        text = await describe(client, endpoint="/b")
+        assert '{"one?":{"id":"integer"},"text?":"string"}' in text
         assert '{"a?":"any","oneOf":[{"id":"integer"},{"b?":"any"}]}' in text
 
 
@@ -221,60 +204,38 @@ async def test_offset_continues_a_cut_description(tmp_path: Path) -> None:
         assert "past the end" in await refused(client, "describe_api", api="demo", endpoint=endpoint, offset=len(whole))
 
 
-HOSTILE_SPECS: dict[str, Any] = {
-    "nonsense everywhere": {
+def body_of(schema: Any) -> dict[str, Any]:
+    return {"/a": {"get": {"requestBody": {"content": {"j": {"schema": schema}}}}}}
+
+
+HOSTILE_PATHS: list[dict[str, Any]] = [
+    {  # nonsense everywhere
         "/a": {"get": {"parameters": "x", "responses": [1], "tags": 5, "requestBody": 7, "summary": {"a": 1}}},
         "/b": 5,
         "/c": {"$ref": "#/paths/~1c"},
         "/d": {"get": {"parameters": [5, {"schema": 7}], "responses": {"200": {"content": {"x/y": None}}}}},
     },
-    "wide": {
-        "/a": {
-            "get": {"requestBody": {"content": {"j": {"schema": {"properties": {f"p{n}": {} for n in range(10**5)}}}}}}
-        }
-    },
-    "exponential": {
-        "/a": {"get": {"responses": {"200": {"content": {"j": {"schema": {"$ref": "#/paths/0"}}}}}}},
-        **{str(n): {"properties": {f"p{i}": {"$ref": f"#/paths/{n + 1}"} for i in range(20)}} for n in range(30)},
-    },
-    "made of itself": {
-        "/a": {"get": {"requestBody": {"content": {"j": {"schema": {"$ref": "#/paths/s"}}}}}},
-        "s": {"allOf": [{"$ref": "#/paths/s"}, {"oneOf": [{"$ref": "#/paths/s"}] * 50}] * 2},
-    },
-}
+    body_of({"properties": {f"p{n}": {} for n in range(10**5)}}),  # wide
+    body_of({"$ref": "#/paths/0"})  # exponential
+    | {str(n): {"properties": {f"p{i}": {"$ref": f"#/paths/{n + 1}"} for i in range(20)}} for n in range(30)},
+    body_of({"$ref": "#/paths/s"})  # made of itself
+    | {"s": {"allOf": [{"$ref": "#/paths/s"}, {"oneOf": [{"$ref": "#/paths/s"}] * 50}] * 2}},
+]
 
 
-@pytest.mark.parametrize("paths", HOSTILE_SPECS.values(), ids=HOSTILE_SPECS)
-async def test_a_strange_file_neither_breaks_nor_floods_the_answer(tmp_path: Path, paths: Any) -> None:
-    async with described(tmp_path, {"openapi": "3.0.0", "paths": paths}) as client:
-        for arguments in ({}, {"search": "a"}, {"endpoint": "/a"}):
-            assert len(await asyncio.wait_for(describe(client, **arguments), 5)) < 20_000
+async def test_a_strange_file_neither_breaks_nor_floods_the_answer(tmp_path: Path) -> None:
+    for paths in HOSTILE_PATHS:
+        async with described(tmp_path, {"openapi": "3.0.0", "paths": paths}) as client:
+            for arguments in ({}, {"search": "a"}, {"endpoint": "/a"}):
+                assert len(await asyncio.wait_for(describe(client, **arguments), 5)) < 20_000
 
 
-async def test_methods_that_are_not_allowed_are_marked_and_errors_say_what_to_do(tmp_path: Path) -> None:
-    async with described(tmp_path, large_spec()) as client:
-        text = await describe(client, endpoint="/repos/a/things3/1")
-        assert text.startswith("GET ")  # the allowed one comes first
-        assert text.count("[method not allowed here]") == 3
-        assert "find it with search" in await refused(client, "describe_api", api="demo", endpoint="/nope")
-        assert "not both" in await refused(client, "describe_api", api="demo", endpoint="/a", search="b")
-        for api in ("plain", "nope"):
-            assert f"no OpenAPI file for '{api}', only for demo" in await refused(client, "describe_api", api=api)
-
-
-@pytest.mark.parametrize(
-    ("file", "message"),
-    [
-        (None, "cannot read"),
-        ("openapi: 3.0.0\n", "YAML"),
-        ("[" * 100_000, "cannot read"),
-        ('{"swagger": "2.0"}', "not an"),
-    ],
-)
-def test_a_file_that_is_none_is_a_mistake(tmp_path: Path, file: str | None, message: str) -> None:
+def test_a_file_that_is_none_is_a_mistake(tmp_path: Path) -> None:
     (tmp_path / "apis.json").write_text('{"a": {"base_url": "http://h", "openapi": "spec.json"}}')
-    if file is not None:
-        (tmp_path / "spec.json").write_text(file)
-    with pytest.raises(ConfigError, match=message) as caught:
-        build_server(load_config(tmp_path / "apis.json", {}))
-    assert "\n" not in str(caught.value)
+    files = {"openapi: 3.0.0\n": "YAML", "[" * 100_000: "cannot read", '{"swagger": "2.0"}': "not an"}
+    for file, message in {None: "cannot read", **files}.items():
+        if file is not None:
+            (tmp_path / "spec.json").write_text(file)
+        with pytest.raises(ConfigError, match=message) as caught:
+            build_server(load_config(tmp_path / "apis.json", {}))
+        assert "\n" not in str(caught.value)
