@@ -345,6 +345,7 @@ def test_a_person_on_a_terminal_is_told_what_to_paste(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.slow  # uv is there with what the slow tests need
 @pytest.mark.skipif(not (uv := shutil.which("uv", path=os.path.dirname(sys.executable))), reason="needs uv")
 def test_under_uv_the_entry_names_uv_and_what_it_was_given(tmp_path: Path) -> None:
     assert uv
