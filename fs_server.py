@@ -562,7 +562,9 @@ BINARY = "it looks binary: it has NUL bytes"
 
 def mark_of(data: bytes) -> tuple[bytes, str]:
     """The byte-order mark that a file starts with, and the encoding it stands for; or nothing twice."""
-    return next(((mark, codec) for mark, codec in MARKS.items() if data.startswith(mark)), (b"", ""))
+    if not data.startswith(BEGINS):  # nearly always: a search asks this of every file
+        return b"", ""
+    return next((mark, codec) for mark, codec in MARKS.items() if data.startswith(mark))
 
 
 def newline_in(encoding: str) -> bytes:
@@ -778,7 +780,7 @@ class Query:
         self.call.visited += 1
         try:  # for most files a file object would cost more than reading them
             data = os.read(fd, SMALL)
-            mark, codec = mark_of(data) if data.startswith(BEGINS) else (b"", "")
+            mark, codec = mark_of(data)
             if len(data) == SMALL and os.fstat(fd).st_size > MAX_FILE:
                 return self.call.skip(f"files larger than {MAX_FILE} bytes")
             if not mark and data.find(b"\0", 0, 8192) >= 0:

@@ -192,8 +192,10 @@ class Server(MCPServer[Any]):
             return
         calls, seconds = self.options.rate_limit
         # One caller who uses up the limit must not lock out the others.
-        bucket = self._buckets.setdefault(self.caller.get(), TokenBucket(calls, calls / seconds))
-        if wait := bucket.try_acquire():
+        who = self.caller.get()
+        if who not in self._buckets:
+            self._buckets[who] = TokenBucket(calls, calls / seconds)
+        if wait := self._buckets[who].try_acquire():
             rate = f"{calls} calls at once, {calls / seconds:g} a second"
             raise ToolError(f"rate limit reached: {rate}; try again in {wait:.1f} s")
 
