@@ -240,8 +240,11 @@ def test_thousands_of_hostile_requests_leave_the_server_as_it_was(http: Start) -
 @pytest.mark.slow
 def test_who_never_sends_or_reads_is_ended_and_others_have_the_time_that_a_call_takes(http: Start) -> None:
     server = http("--arrival-time", "2", "--answer-time", "10", "--idle-time", "10", "--max-output", "0")
-    before = server.descriptors()
     get = b"GET /health HTTP/1.1\r\nhost: a\r\n\r\n"
+    with server.connect() as first:  # until it has answered, the server may not have opened all that it needs
+        first.sendall(get.replace(b"host: a", b"host: a\r\nconnection: close"))
+        assert read_all(first).endswith(b'{"status":"ok"}')
+    before = server.descriptors()
     much = raw_post(tool_call("much", characters=20_000_000))  # more than the sockets' buffers hold
     with server.connect() as slow, server.connect() as idle:
         slow.sendall(much)
