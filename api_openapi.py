@@ -1,20 +1,15 @@
 """describe_api: looks operations up in the OpenAPI file of an API. Imported by api_server.py if its file names one.
 
-The model gets one of three texts: the operations that fit some words, all that one operation takes and gives, or what
-the file is about. The file is its owner's, but may be broken: what is missing there is missing here, no more, and
-nothing outside it is ever read.
+The model gets the operations that fit some words best, or all that one operation takes and gives. The file is its
+owner's, but may be broken: what is missing there is missing here, no more. Nothing outside it is ever read.
 """
 
 import asyncio
 import json
 import math
 import re
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property
-from itertools import islice
 from pathlib import Path
-from textwrap import shorten
 from typing import Annotated, Any, cast
 from urllib.parse import unquote
 
@@ -25,9 +20,8 @@ from common import ConfigError, trailer
 from serving import READ_ONLY, Server
 
 MAX_MATCHES = 15  # operations in one search result: a few hundred tokens
-MAX_TEXT = 6_000  # characters of one operation that a search looks through
-SCHEMA_DEPTH, SCHEMA_FIELDS = 6, 250  # of one schema: levels of objects in objects, and fields in all
-MAX_VALUES = 20  # of an enum that are shown
+MAX_FIELDS, MAX_DEPTH = 250, 8  # of one schema: once so many are listed, or so deep, no further object is opened
+PARAMETER = re.compile(r"\{[^}]*\}")  # in a path
 
 # What people say for an operation that sends such a method.
 VERBS = {
@@ -37,7 +31,6 @@ VERBS = {
     "POST": "post create add new make send start open comment buy",
     "DELETE": "delete remove drop cancel",
 }
-METHODS = (*VERBS, "HEAD", "OPTIONS")
 FILLERS = frozenset("a an the of to for in on at by with from all my me is and or i".split())
 
 
@@ -58,22 +51,21 @@ def add_describe_api(
         endpoint: Annotated[str, Field(description="GET /users/{id}, or an operation's name", max_length=2_000)] = "",
         offset: Annotated[int, Field(description="first character shown", ge=0, strict=True)] = 0,
     ) -> str:
-        """Look an API up in its OpenAPI file: with search, the operations that fit best; with endpoint, that
+        """Look an API up in its OpenAPI file: with search, the operations that fit best; or with endpoint, that
         operation's parameters, request body and answers (? marks optional fields); with neither, the file's tags. A cut
         text continues with offset."""
         if api not in specs:
             raise ToolError(f"no OpenAPI file for {api!r}, only for {', '.join(specs)}; list_apis has what is known")
-        if search and endpoint:
-            raise ToolError("give search or endpoint, not both")
-        # In a thread: the first search in a file of 13 MB takes half a second.
-        return show(await asyncio.to_thread(specs[api].answer, search.strip(), endpoint), offset)
+        find = specs[api].describe if endpoint else specs[api].search
+        # In a thread: a search in a file of 1,200 operations takes some hundredths of a second.
+        return show(await asyncio.to_thread(find, endpoint or search), offset)
 
 
-# ---------------------------------------------------------------------------------------------------------- the file
+# ------------------------------------------------------------------------------- values of a file that may be broken
 
 
 def as_object(value: Any) -> dict[str, Any]:
-    """The value if it is an object, else an empty one: a broken file must not break the server."""
+    """The value if it is an object, else an empty one."""
     return cast("dict[str, Any]", value) if isinstance(value, dict) else {}
 
 
@@ -84,18 +76,17 @@ def as_list(value: Any) -> list[Any]:
 
 def clip(value: Any, limit: int) -> str:
     """The value's text on one line, with … where it was cut; nothing for nothing."""
-    return shorten(str(value or ""), limit, placeholder="…")
+    text = " ".join(str(value or "").split())
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"
 
 
 def words_of(*texts: Any) -> str:
     """The different words of the texts in lower case, each behind a blank: listUsers and list-users are two each."""
     joined = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", " ".join(str(text or "") for text in texts)).lower()
-    return "".join(f" {word}" for word in dict.fromkeys(re.findall("[a-z0-9]+", joined)) if word not in FILLERS)
+    return "".join(f" {word}" for word in dict.fromkeys(re.findall(r"[^\W_]+", joined)) if word not in FILLERS)
 
 
-def literal(path: str) -> str:
-    """A path without its parameters."""
-    return re.sub(r"\{[^}]*\}", "", path)
+# ---------------------------------------------------------------------------------------------------------- the file
 
 
 class OpenApi:
@@ -107,197 +98,155 @@ class OpenApi:
         except (OSError, ValueError, RecursionError) as exc:
             raise ConfigError(f"openapi: cannot read {path} as JSON (YAML must be converted first): {exc}") from None
         paths = as_object(self._spec.get("paths"))
-        if not str(self._spec.get("openapi", "")).startswith("3.") or not paths:
+        if not str(self._spec.get("openapi")).startswith("3.") or not paths:
             raise ConfigError(f"openapi: {path} is not an OpenAPI 3.x file with paths")
         self._allowed = methods
-        self.operations: list[dict[str, Any]] = []  # as they stand there, each with its method, path and all parameters
-        for template, item in ((template, self.resolve(item)) for template, item in paths.items()):
-            for method in METHODS:
+        self._operations: list[dict[str, Any]] = []  # as they stand there, each with its method, path, all parameters
+        for template, item in zip(paths, map(self._resolve, paths.values()), strict=True):
+            for method in (*VERBS, "HEAD", "OPTIONS"):
                 if spec := as_object(item.get(method.lower())):
                     parameters = [*as_list(item.get("parameters")), *as_list(spec.get("parameters"))]
-                    self.operations.append(spec | {"method": method, "path": template, "parameters": parameters})
+                    self._operations.append(spec | {"method": method, "path": template, "parameters": parameters})
+        self._texts = [weighted_texts(one) for one in self._operations]
 
-    def resolve(self, value: Any) -> dict[str, Any]:
-        """The object that is meant, its `$ref` followed within this file (RFC 6901); one that leads out of the file is
-        named, never fetched."""
-        for _ in range(20):  # a reference may lead to a reference, but not for ever
-            ref = as_object(value).get("$ref")
-            if not isinstance(ref, str):
-                return as_object(value)
-            value = self._spec if ref.startswith("#/") else None
-            for part in map(unquote, ref[2:].split("/")):
-                inside = as_object(value) or {str(number): item for number, item in enumerate(as_list(value))}
-                value = inside.get(part.replace("~1", "/").replace("~0", "~"))
-            if value is None:
-                return {"type": f"{ref[:100]} (not in this file)"}
-        return {"type": "a reference that leads in a circle"}
+    def _resolve(self, value: Any, left: int = 20) -> dict[str, Any]:
+        """The object that is meant, its `$ref` followed within this file (RFC 6901). One that leads out of the file is
+        named, never fetched: the file must not make the server read other files, or call other hosts."""
+        ref = as_object(value).get("$ref")
+        if not isinstance(ref, str) or not left:  # a reference may lead to a reference, but not in a circle for ever
+            return as_object(value)
+        value = {"#": self._spec}
+        for part in unquote(ref).split("/"):
+            inside = as_object(value) or {str(number): item for number, item in enumerate(as_list(value))}
+            value = inside.get(part.replace("~1", "/").replace("~0", "~"), {"type": f"{ref[:100]} (not in this file)"})
+        return self._resolve(value, left - 1)
 
     def _line(self, one: Mapping[str, Any]) -> str:
-        summary = clip(one.get("summary") or one.get("description"), 100)
+        line = f"{one['method']} {one['path']}: {clip(one.get('summary') or one.get('description'), 100)}"
         name = f" ({one['operationId']})" if "operationId" in one else ""
-        mark = "" if one["method"] in self._allowed else " [method not allowed here]"
-        return f"{one['method']} {one['path']}{': ' if summary else ''}{summary}{name}{mark}"
-
-    def answer(self, search: str, endpoint: str) -> str:
-        """What describe_api returns. Raises ToolError."""
-        return self._describe(endpoint) if endpoint else self._search(search) if search else self._overview()
-
-    def _overview(self) -> str:
-        info = as_object(self._spec.get("info"))
-        lines = [f"{info.get('title', 'API')} {info.get('version', '')}: {len(self.operations)} operations"]
-        if len(self.operations) > MAX_MATCHES:
-            tags = Counter(str(tag) for one in self.operations for tag in as_list(one.get("tags")))
-            shown = ", ".join(f"{tag} ({count})" for tag, count in tags.most_common(60))
-            lines.append(f"tags: {shown}{' …' * (len(tags) > 60)}")
-        else:
-            lines += map(self._line, self.operations)
-        return "\n".join([*lines, trailer("give search, or endpoint")])
+        return line.rstrip(": ") + name + ("" if one["method"] in self._allowed else " [method not allowed here]")
 
     # ------------------------------------------------------------------------------------------------------- search
 
-    @cached_property
-    def _texts(self) -> list[tuple[str, str, str]]:
-        """For each operation the words that name it (what is done to what), those that only explain it, and its verbs.
-
-        What an operation is good for often stands in its fields and answers only: an issue is closed by an update whose
-        field "state" is "open or closed".
-        """
-        found: list[tuple[str, str, str]] = []
-        for one in self.operations:
-            name, thing = one.get("operationId", ""), literal(one["path"])
-            names = words_of(one.get("summary"), *(str(text).strip("/").rpartition("/")[2] for text in (name, thing)))
-            everything = json.dumps([one, self.resolve(one.get("requestBody"))])[:MAX_TEXT]
-            found.append((names, words_of(one["path"], everything), words_of(VERBS.get(one["method"]))))
-        return found
-
-    @staticmethod
-    def _fit(word: str, names: str, text: str, verbs: str) -> float:
-        stem = " " + re.sub(r"(?<=[^s]{3})s$", "", word)  # "users" is in no /user/{id}
-        # Words count most in a name that says little else, and in a short explanation more than in a long one.
-        in_name = 1 + 3 / (1 + names.count(" ")) if stem in names else 0.0
-        in_text = 0.2 + 100 / (100 + text.count(" ")) if stem in text else 0.0
-        return (in_name or in_text) + (f" {word}" in verbs)
-
-    def _search(self, query: str) -> str:
-        """The operations that fit the words best. A word weighs more the fewer have it."""
-        scores, missing = [0.0] * len(self.operations), list[str]()
-        for word in words_of(query).split()[:10]:
-            hits = [self._fit(word, *texts) for texts in self._texts]
-            missing += [] if any(hits) else [word]
-            weight = math.log(1 + len(hits) / (1 + sum(map(bool, hits))))
-            scores = [score + weight * hit for score, hit in zip(scores, hits, strict=True)]
-        ranked = sorted(zip(scores, self.operations, strict=True), key=lambda pair: (-pair[0], pair[1]["path"]))
-        best = [self._line(one) for score, one in ranked if score]
-        if not best:
-            return trailer(f"no operation of {len(scores)} matches {query!r}")
-        facts = [f"no operation has {clip(', '.join(missing), 100)}: these hold some of the words"] if missing else []
-        if len(best) > MAX_MATCHES:
-            facts.append(f"{MAX_MATCHES} of {len(best)} operations shown; add words to narrow the search")
-        return "\n".join([*best[:MAX_MATCHES], trailer(*facts, 'endpoint="METHOD /path" shows one in full')])
+    def search(self, query: str, /) -> str:
+        """The operations that fit the words best, or at least some of them. Without words: all, and the tags of the
+        file, which are good words to search for."""
+        words, scores = words_of(query).split(), [0.0] * len(self._operations)
+        for word in [*words, *(word.rstrip("s") for word in words)]:  # "users" is in no /user/{id}
+            hits = [sum(weight for text, weight in texts if f" {word}" in text) for texts in self._texts]
+            # A word counts more the fewer operations have it, as in every search engine (inverse document frequency).
+            rarity = math.log(1 + len(hits) / (1 + sum(map(bool, hits))))
+            scores = [score + rarity * hit for score, hit in zip(scores, hits, strict=True)]
+        ranked = sorted(zip(scores, self._operations, strict=True), key=lambda pair: (-pair[0], pair[1]["path"]))
+        best = [self._line(one) for score, one in ranked if score or not words]
+        count = f"{len(best[:MAX_MATCHES])} of {len(best)} matching operations shown, best first"
+        info = as_object(self._spec.get("info"))
+        tags = ", ".join(dict.fromkeys(str(tag) for one in self._operations for tag in as_list(one.get("tags"))))
+        about = [] if words else [f"{info.get('title')} {info.get('version')}; tags: {clip(tags, 2_000)}"]
+        return "\n".join([*about, *best[:MAX_MATCHES], trailer(count, 'give other words, or endpoint="METHOD /path"')])
 
     # ------------------------------------------------------------------------------------------------ one operation
 
-    def _describe(self, endpoint: str) -> str:
+    def describe(self, endpoint: str, /) -> str:
         """Parameters and schemas of the operations at `endpoint`: [METHOD] /path (concrete, too) or an operationId."""
         method, _, path = endpoint.strip().rpartition(" ")
         path = path.partition("?")[0].strip("/")
-        candidates = [one for one in self.operations if method.upper() in ("", one["method"])]
-        found = [one for one in candidates if path in (one["path"].strip("/"), one.get("operationId"))]
-        # Then a concrete path, such as /users/42. The last parameter may hold slashes, as in /contents/src/main.py.
-        for last in ("[^/]+", ".+"):
-            found = found or [one for one in candidates if self._fits(one["path"], path, last)]
+        candidates = [one for one in self._operations if method.upper() in ("", one["method"])]
+        found = [one for one in candidates if one.get("operationId") == path]
+        found = found or [one for one in candidates if re.fullmatch(pattern_of(one["path"]), path)]
         if not found:
             raise ToolError(f"no operation at {endpoint[:200]!r}; find it with search")
-        most = max(len(literal(one["path"])) for one in found)
-        found = [one for one in found if len(literal(one["path"])) == most]
-        found.sort(key=lambda one: one["method"] not in self._allowed)
-        text = "\n\n".join("\n".join(filter(None, self._details(one))) for one in found)
-        cut = f"schemas are shown {SCHEMA_DEPTH} levels deep and {SCHEMA_FIELDS} fields at most; … stands for the rest"
-        return f"{text}\n{trailer(cut)}" if '"…"' in text else text
-
-    @staticmethod
-    def _fits(template: str, path: str, last: str) -> bool:
-        *heads, tail = [re.escape(part) for part in re.split(r"\{[^}]*\}", template.strip("/"))]
-        return re.fullmatch("[^/]+".join(heads) + (last if heads else "") + tail, path) is not None
+        # /users/me fits /users/{id}, too: the path that has most letters of its own is meant.
+        best = max((one["path"] for one in found), key=lambda template: len(PARAMETER.sub("", template)))
+        text = "\n\n".join("\n".join(self._details(one)) for one in found if one["path"] == best)
+        cut = f"no object is opened after {MAX_FIELDS} fields or below {MAX_DEPTH} levels; … stands for the rest"
+        return f"{text}\n{trailer(cut)}" if '…"' in text else text
 
     def _details(self, one: Mapping[str, Any]) -> Iterator[str]:
-        yield self._line(one)
-        yield clip(one.get("description"), 600)
-        for parameter in map(self.resolve, one["parameters"]):
-            place = str(parameter.get("in", "?"))
-            facts = [place, self._shape(parameter.get("schema", True)).strip('"')]
-            facts += ["required"] if parameter.get("required") else []
-            facts += ["set by the server's configuration only"] if place in ("header", "cookie") else []
-            text = clip(parameter.get("description"), 200)
-            yield f"  {parameter.get('name', '?')} ({', '.join(facts)}){': ' if text else ''}{text}"
-        body = self.resolve(one.get("requestBody"))
-        for types, shape in self._bodies(body):
-            yield f"data {types}{' (required)' if body.get('required') else ''}: {shape}"
-        for status, given in as_object(one.get("responses")).items():
-            answer = self.resolve(given)
-            shapes = [] if status[:1] in ("4", "5") else [f" {types} {shape}" for types, shape in self._bodies(answer)]
-            yield f"{status}: {clip(answer.get('description'), 100)}{''.join(shapes)}"
+        yield f"{self._line(one)}\n{clip(one.get('description'), 600)}".rstrip()
+        for given in map(self._resolve, one["parameters"]):
+            facts = [str(given.get("in")), self._example(given.get("schema"))]
+            facts += ["required"] if given.get("required") else []
+            facts += ["set by the server's configuration only"] if facts[0] in ("header", "cookie") else []
+            yield f"  {given.get('name')} ({', '.join(facts)}): {clip(given.get('description'), 200)}".rstrip(": ")
+        body = {"data": one["requestBody"]} if "requestBody" in one else {}  # as call_api's argument is called
+        for title, message in {**body, **as_object(one.get("responses"))}.items():
+            message, kinds = self._resolve(message), dict[str, list[str]]()
+            for kind, media in as_object(message.get("content")).items():  # a schema that kinds share is shown once
+                kinds.setdefault(self._example(as_object(media).get("schema")), []).append(kind)
+            need = " (required)" if message.get("required") else ""
+            yield f"{title}{need}: {clip(message.get('description'), 200)}".rstrip(": ")
+            # Errors (400 to 599) look alike in most APIs: their description is enough.
+            yield from (f"  {', '.join(names)}: {shown}" for shown, names in kinds.items() if title[:1] not in "45")
 
-    def _bodies(self, message: Mapping[str, Any]) -> list[tuple[str, str]]:
-        """Media types and shape of each different schema of a request or an answer: a shared one comes once."""
-        types: dict[str, list[str]] = {}
-        for content_type, media in as_object(message.get("content")).items():
-            types.setdefault(self._shape(as_object(media).get("schema", True)), []).append(content_type)
-        return [(", ".join(names), shape.strip('"')) for shape, names in types.items()]
+    # ------------------------------------------------------------------------------------------------------- schemas
 
-    def _shape(self, schema: Any) -> str:
+    def _example(self, schema: Any) -> str:
         """A short example of what fits a schema: {"id":"integer","name?":"string"}; ? marks what is optional, … what is
-        left out. As many whole levels as SCHEMA_FIELDS allow: no field is lost to what is deeper in another."""
-        shown = ""
-        for levels in range(1, SCHEMA_DEPTH + 1):
-            left = iter(range(SCHEMA_FIELDS))
-            deeper = self._example(schema, levels, left)
-            if shown and next(left, None) is None:
-                break
-            shown = deeper
-        return shown
+        left out. Breadth first, so that no field is lost to what is deeper in another."""
+        top = [schema]
+        # Where a schema stands that its example is to replace, and the references that led there. It grows on the way.
+        queue: list[tuple[Any, Any, tuple[str, ...]]] = [(top, 0, ())]
+        for place, key, above in queue:
+            ref = str(as_object(place[key]).get("$ref", ""))
+            inside = f"{ref.rpartition('/')[2]} again" if ref and ref in above else self._inside(place[key])
+            if not isinstance(inside, str) and (len(queue) > MAX_FIELDS or len(above) > MAX_DEPTH):
+                inside = "…"
+            place[key] = inside
+            if not isinstance(inside, str):
+                names = inside if isinstance(inside, dict) else range(len(inside))
+                queue += [(inside, name, (*above, ref)) for name in names]
+        text = json.dumps(top[0], ensure_ascii=False, separators=(",", ":"))
+        # A choice between plain values needs no list: "string | integer".
+        text = re.sub(r'\{"oneOf":\[("[^\[\]{}]*")\]\}', lambda found: found[1].replace('","', " | "), text)
+        return text.strip('"')
 
-    def _example(self, schema: Any, levels: int, left: Iterator[int], seen: frozenset[str] = frozenset()) -> str:
-        """The same of a schema that may be broken, or contain itself, with so many levels of objects in objects, and
-        one field for each item of `left`."""
-        ref = str(as_object(schema).get("$ref", ""))
-        if ref and ref in seen:
-            return json.dumps(f"{ref.rpartition('/')[2]} again")
-        seen, schema = seen | {ref}, self._merged(schema)
-        properties, required = as_object(schema.get("properties")), as_list(schema.get("required"))
-        if next(left, None) is None or (properties and not levels):
-            return '"…"'
-        parts: list[str] = []
-        for name in islice(properties, SCHEMA_FIELDS):
-            shown = json.dumps(name if name in required else f"{name}?", ensure_ascii=False)
-            parts.append(f"{shown}:{self._example(properties[name], levels - 1, left, seen)}")
-        for key in ("oneOf", "anyOf"):
-            choices = as_list(schema.get(key))
-            shapes = list(dict.fromkeys(self._example(choice, levels, left, seen) for choice in choices))
-            if any(shape[0] != '"' for shape in shapes):
-                parts.append(f'"{key}":[{",".join(shapes)}]')
-            elif shapes and not parts:  # beside fields they say no more than which of them are required together
-                return '"' + " | ".join(shape[1:-1] for shape in shapes) + '"'
-        if as_object(schema.get("additionalProperties")):
-            parts.append(f'"<any name>":{self._example(schema["additionalProperties"], levels, left, seen)}')
-        if parts:
-            return "{" + ",".join(parts) + "}"
-        return f"[{self._example(schema['items'], levels, left, seen)}]" if "items" in schema else self._scalar(schema)
+    def _inside(self, schema: Any) -> dict[str, Any] | list[Any] | str:
+        """The schemas in a schema, as they stand there: of its fields by their names, or of its items. If there are
+        none, its type in words."""
+        parts, required = [self._resolve(schema)], list[Any]()
+        merged, properties = dict[str, Any](), dict[str, Any]()
+        for part in parts:  # what it is made of (allOf) may be made of others; a broken file makes one of itself
+            parts += map(self._resolve, as_list(part.get("allOf"))[: MAX_FIELDS - len(parts)])
+            properties |= as_object(part.get("properties"))
+            required += as_list(part.get("required"))
+            merged = part | merged
+        fields = {name if name in required else f"{name}?": field for name, field in properties.items()}
+        choices = as_list(merged.get("oneOf")) or as_list(merged.get("anyOf"))
+        # Some only say which of the fields are required together.
+        if any(self._resolve(choice).keys() - {"required"} for choice in choices):
+            fields["oneOf"] = {"prefixItems": choices}  # which is shown as a list
+        if as_object(merged.get("additionalProperties")):
+            fields["<any name>"] = merged["additionalProperties"]
+        items = [item for item in (*as_list(merged.get("prefixItems")), merged.get("items")) if item]
+        return fields or items or scalar(merged)
 
-    @staticmethod
-    def _scalar(schema: Mapping[str, Any]) -> str:
-        kind, values = schema.get("type", "any"), as_list(schema.get("enum")) or [schema.get("const")]
-        text = "|".join(map(str, as_list(kind) or [kind])) + f" ({schema.get('format')})" * ("format" in schema)
-        if values != [None]:
-            text = " | ".join([str(value)[:40] for value in values[:MAX_VALUES]] + ["…"] * (len(values) > MAX_VALUES))
-        return json.dumps(text + f" = {str(schema.get('default'))[:40]}" * ("default" in schema), ensure_ascii=False)
 
-    def _merged(self, schema: Any, depth: int = 10) -> dict[str, Any]:
-        """The schema together with those that it is made of (`allOf`), which may be made of others."""
-        schema = self.resolve(schema)
-        for part in as_list(schema.get("allOf")) if depth else []:
-            other = self._merged(part, depth - 1)
-            properties = as_object(schema.get("properties")) | as_object(other.get("properties"))
-            required = as_list(other.get("required")) + as_list(schema.get("required"))
-            schema = other | schema | {"properties": properties, "required": required}
-        return schema
+# ------------------------------------------------------------------------------------- what needs nothing of the file
+
+
+def weighted_texts(one: Mapping[str, Any]) -> list[tuple[str, float]]:
+    """The words that name an operation, those for its method, and all others, each with the weight of one word in it:
+    it counts more in a short text than in a long one.
+
+    What an operation is good for often stands in its fields and answers only: an issue is closed by an update whose
+    field "state" is "open or closed".
+    """
+    name = words_of(one.get("summary"), str(one.get("operationId", "")).rpartition("/")[2])
+    texts = name, words_of(VERBS.get(one["method"])), words_of(one)
+    return [(text, 1 / math.log(2 + text.count(" "))) for text in texts]
+
+
+def pattern_of(template: str) -> str:
+    """What fits a path with parameters. The last of them may hold slashes, as in /contents/src/main.py."""
+    *heads, tail = map(re.escape, PARAMETER.split(template.strip("/")))
+    return "[^/]+".join(heads) + (".+" if heads else "") + tail
+
+
+def scalar(schema: Mapping[str, Any]) -> str:
+    """The values or the type of a schema that has no other in it: open | closed, integer = 1, string (date-time)."""
+    kind = schema.get("type", "any")
+    values = as_list(schema.get("enum")) or as_list(kind) or [schema.get("const", kind)]
+    text = clip(" | ".join(map(str, values)), 400)
+    text += f" ({schema['format']})" if "format" in schema else ""
+    return text + (f" = {clip(str(schema['default']), 40)}" if "default" in schema else "")
