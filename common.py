@@ -18,10 +18,9 @@ import stat
 import time
 from collections.abc import Awaitable, Callable, Generator, Iterable, Sequence, Sized
 from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from mcp.server.mcpserver.exceptions import ToolError
 
@@ -67,29 +66,27 @@ def page(
     the end for what else the reader must know, such as what was skipped. A single item that is longer than the page is
     cut, and says so. Raises ToolError for an offset past the end.
     """
-    lines: list[str] = []
-    used, more = 0, False
+    lines, used, more, room = list[str](), 0, False, max_output or math.inf
     for item in islice(items, offset, None):
-        if lines and (len(lines) == limit or (max_output and used > max_output)):
-            more = True
+        if more := len(lines) == limit or used > room:
             break
         lines.append(render(item))
         used += len(lines[-1]) + 1
     if offset and not lines:
-        raise ToolError(f"offset={offset} is past the end of the {noun}; use a smaller offset")
+        raise ToolError("; ".join([f"offset={offset} is past the end of the {noun}; use a smaller one", *notes()]))
+    of = f" of {len(items)}" if isinstance(items, Sized) else ""
     while True:
         end = offset + len(lines)
-        of = f" of {len(items)}" if isinstance(items, Sized) else ""
-        shown = f"{noun} {offset + 1}-{end}{of} shown" if more else "" if lines else f"no {noun}"
-        facts = [fact for fact in (shown, *notes()) if fact]
+        shown = f"{noun} {offset + 1}-{end}{of} shown" if more else f"no {noun}"
+        facts = [*([shown] if more or not lines else []), *notes()]
         last = trailer(*facts, **({"offset": end} if more else {})) if facts else ""
-        if not max_output or used + len(last) <= max_output or len(lines) <= 1:
+        if used + len(last) <= room or len(lines) <= 1:
             break
         used -= len(lines.pop()) + 1
         more = True
-    room = max(max_output - len(last) - 40, MIN_SHOWN)
-    if max_output and used + len(last) > max_output and lines and len(lines[0]) > room:
-        lines[0] = f"{lines[0][:room]}…[{len(lines[0]) - room} more characters]"
+    most = max(max_output - len(last) - 40, MIN_SHOWN)
+    if lines and used + len(last) > room and len(lines[0]) > most:
+        lines[0] = f"{lines[0][:most]}…[{len(lines[0]) - most} more characters]"
     return "\n".join([*lines, last] if last else lines)
 
 
@@ -104,11 +101,7 @@ class TokenBucket:
     callers are served in order. Algorithm: https://en.wikipedia.org/wiki/Token_bucket.
     """
 
-    def __init__(
-        self, capacity: float, refill_rate: float, *, timer: Timer = time.monotonic, sleep: Sleep = asyncio.sleep
-    ) -> None:
-        if capacity < 1 or refill_rate <= 0:
-            raise ValueError("capacity must be at least 1 and refill_rate above 0")
+    def __init__(self, capacity: int, refill_rate: float, timer: Timer = time.monotonic, sleep: Sleep = asyncio.sleep):
         self.capacity = capacity
         self.refill_rate = refill_rate
         self._timer = timer
@@ -126,11 +119,10 @@ class TokenBucket:
 
     def try_acquire(self) -> float:
         """Take a token and return 0.0, or take nothing and return the seconds until there is one."""
-        tokens = self.tokens
-        if tokens < 1:
-            return (1 - tokens) / self.refill_rate
-        self._tokens -= 1
-        return 0.0
+        wait = max(0.0, (1 - self.tokens) / self.refill_rate)
+        if not wait:
+            self._tokens -= 1
+        return wait
 
     async def acquire(self, max_wait: float) -> float:
         """Wait up to `max_wait` seconds for a token and return 0.0; or, if that is not enough, take nothing, do not
@@ -150,8 +142,7 @@ class TokenBucket:
 # ----------------------------------------------------------------------------------------------------- TTL cache
 
 
-@dataclass(frozen=True)
-class Entry(Generic[V]):
+class Entry(NamedTuple, Generic[V]):
     """One cached value: its size in bytes, and when it was stored and expires on the cache's timer."""
 
     value: V
@@ -200,8 +191,7 @@ class TTLCache(Generic[K, V]):
 
     def discard(self, key: K) -> None:
         """Remove an entry if it is there."""
-        entry = self._entries.pop(key, None)
-        if entry is not None:
+        if entry := self._entries.pop(key, None):
             self.currsize -= entry.size
 
     def clear(self) -> None:
@@ -221,20 +211,16 @@ MAX_PATH = 16_384  # characters of a path as it is shown, as every message and e
 HAS_DIR_FD = os.open in os.supports_dir_fd and os.stat in os.supports_dir_fd and os.scandir in os.supports_fd
 NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
 TO_LIST = os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) | NO_FOLLOW
-# Passing through a directory needs no right to list it; O_PATH (Linux) asks for none.
-TO_PASS = getattr(os, "O_PATH", os.O_RDONLY) | getattr(os, "O_DIRECTORY", 0) | NO_FOLLOW
 # Without O_NONBLOCK, opening a FIFO waits for a writer, for ever; without O_NOCTTY a terminal can become ours.
 TO_READ = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0) | getattr(os, "O_BINARY", 0) | NO_FOLLOW
 
 ERRORS = {
     errno.ENOENT: "not found: {}; list its directory to see what is there",
-    errno.ENOTDIR: "not a directory: {}; use the path of a directory, or read it as a file",
     errno.EISDIR: "{} is a directory; list it instead",
     errno.EEXIST: "{} exists and is not overwritten; give a new path, below it if it is a directory",
     errno.ENXIO: "{} is not a regular file (a FIFO, socket or device) and is never opened; choose another",
-    errno.EACCES: "permission denied: {}; the server's user has no right to this, choose another path",
+    errno.EACCES: "permission denied: {}; ask the user to permit it, or choose another path",
     errno.EXDEV: "{} is on another disk, and files are moved on one disk only; write the file there instead",
-    errno.ELOOP: "{} is a symlink loop, or was replaced by a symlink just now; check it and try again",
 }
 
 
@@ -245,9 +231,9 @@ def explained(shown: str) -> Generator[None]:
     try:
         yield
     except OSError as exc:
-        reason = os.strerror(exc.errno or errno.EIO).lower()
-        sentence = ERRORS.get(exc.errno or 0, f"cannot open or change {{}} ({reason}); try again, or another path")
-        raise ToolError(sentence.format(shown)) from None
+        number = exc.errno or errno.EIO
+        generic = f"cannot open or change {{}} ({os.strerror(number).lower()}); try again, or another path"
+        raise ToolError(ERRORS.get(number, generic).format(shown)) from None
 
 
 _ESCAPED = re.compile(rb"\\x(0[1-9a-f]|1[0-9a-f]|7f|[89a-f][0-9a-f])")
@@ -263,9 +249,7 @@ def printable(name: str) -> str:
 
 def unprintable(shown: str) -> str:
     """The name that `printable` shows as `shown`. Escapes of `.`, `/` and NUL are left alone: nothing to smuggle."""
-    if "\\x" not in shown or not shown.isprintable():
-        return shown
-    return os.fsdecode(_ESCAPED.sub(lambda match: bytes([int(match[1], 16)]), shown.encode()))
+    return os.fsdecode(_ESCAPED.sub(lambda match: bytes([int(match[1], 16)]), os.fsencode(shown)))
 
 
 class Directory:
@@ -288,15 +272,15 @@ class Directory:
         """A name in it as the path and the `dir_fd` that the functions of `os` take."""
         return (os.path.join(self.path, name), None) if self.fd is None else (name, self.fd)
 
-    def enter(self, name: str, flags: int = TO_LIST) -> "Directory":
+    def enter(self, name: str) -> "Directory":
         """The directory `name` in this one; "." for another handle on this one, with a place in the listing of its
-        own. TO_PASS as `flags` needs no right to list it, and then it cannot be listed."""
-        path, fd = self.at(name)
-        if fd is not None:
-            return Directory(os.path.join(self.path, name), os.open(name, flags, dir_fd=fd))
-        if os.path.realpath(path) != os.path.normpath(path) or not os.path.isdir(path):
+        own."""
+        path = os.path.normpath(os.path.join(self.path, name))
+        if self.fd is not None:
+            return Directory(path, os.open(name, TO_LIST, dir_fd=self.fd))
+        if os.path.realpath(path) != path or not os.path.isdir(path):
             raise NotADirectoryError(errno.ENOTDIR, "not a directory")
-        return Directory(os.path.normpath(path), None)
+        return Directory(path, None)
 
     def scan(self) -> list[os.DirEntry[str]]:
         """What is in it, sorted by name."""
@@ -318,26 +302,18 @@ class Directory:
         if stat.S_ISREG(kind) and not swapped:
             return fd
         os.close(fd)
-        raise OSError(errno.ELOOP if swapped else errno.EISDIR if stat.S_ISDIR(kind) else errno.ENXIO, "refused")
+        raise OSError(errno.EISDIR if stat.S_ISDIR(kind) else errno.ENXIO, "refused")
 
 
-@dataclass(frozen=True)
-class Located:
-    """A path that leads into a root: `parts` below it, free of symlinks when it was resolved; `shown` for messages."""
+class Located(NamedTuple):
+    """A path that leads into a root: `path` is what is below it, with `/`, free of symlinks when it was resolved; ""
+    for the root itself. `absolute` is for looking at, what is opened is reached through the sandbox. `shown` is how the
+    caller wrote it."""
 
     root: Directory
-    parts: tuple[str, ...]
+    path: str
+    absolute: str
     shown: str
-
-    @property
-    def path(self) -> str:
-        """The path below the root, with `/`; "" for the root itself."""
-        return "/".join(self.parts)
-
-    @property
-    def absolute(self) -> str:
-        """The whole path; only for looking at it, what is opened is reached through the sandbox."""
-        return os.path.join(self.root.path, *self.parts)
 
 
 class Sandbox:
@@ -351,12 +327,9 @@ class Sandbox:
         for given in roots:
             path = os.path.realpath(os.path.expanduser(given))
             # An empty name is a variable that is not set; it would stand for the current directory.
-            if not given or not os.path.isdir(path):
-                raise ConfigError(f"{str(given)!r} is not a directory; name an existing directory")
-            try:
-                self.roots.append(Directory(path, os.open(path, TO_LIST) if HAS_DIR_FD else None))
-            except OSError as exc:
-                raise ConfigError(f"{given} cannot be opened: {exc.strerror}; choose another directory") from None
+            if not given or not os.path.isdir(path) or not os.access(path, os.R_OK | os.X_OK):
+                raise ConfigError(f"{str(given)!r} is not a directory that can be read; name one that can")
+            self.roots.append(Directory(path, os.open(path, TO_LIST) if HAS_DIR_FD else None))
 
     def check(self) -> None:
         """Raises OSError when an allowed directory is gone, cannot be listed, or another one has taken its place."""
@@ -369,64 +342,54 @@ class Sandbox:
 
         `follow_last=False` keeps a symlink in the last component as it is, to look at the link itself.
         """
-        if not untrusted or "\0" in untrusted or len(printable(untrusted)) > MAX_PATH:
-            raise ToolError(
-                f'the path is empty, over {MAX_PATH} characters or has a NUL byte; give one like "notes/a.txt"'
-            )
-        home = untrusted == "~" or untrusted.startswith("~/")  # a directory of that name is ./~
-        spellings = [os.path.expanduser(untrusted)] if home else [untrusted, unprintable(untrusted)]
-        inside: list[Located] = []
-        for spelling in dict.fromkeys(spellings):
-            for root in self.roots:
-                located = self._locate(os.path.join(root.path, spelling), printable(untrusted), follow_last)
-                if located is None:
-                    continue
-                if os.path.lexists(located.absolute):
-                    return located
-                inside.append(located)
+        shown = printable(untrusted)
+        if not untrusted or "\0" in untrusted or len(shown) > MAX_PATH:
+            raise ToolError(f"the path is empty, over {MAX_PATH} characters or has a NUL byte; give another")
+        home = untrusted.split("/")[0] == "~"  # a directory of that name is ./~
+        spellings = [os.path.expanduser(untrusted)] if home else dict.fromkeys([untrusted, unprintable(untrusted)])
+        places = [self._locate(root, spelling, shown, follow_last) for spelling in spellings for root in self.roots]
+        inside = [place for place in places if place]
         if not inside:  # the same words whether or not anything is there: an error must not tell what exists outside
-            raise ToolError(
-                f"{printable(untrusted)} is outside the allowed directories; list_allowed_directories names them"
-            )
+            raise ToolError(f"{shown} is outside the allowed directories; list_allowed_directories names them")
+        there = (found for found in inside if os.path.lexists(found.absolute))
         # What does not exist yet belongs where its directory is.
-        homes = [new for new in inside if os.path.isdir(os.path.dirname(new.absolute))]
-        return (homes or inside)[0]
+        at_home = (found for found in inside if os.path.isdir(os.path.dirname(found.absolute)))
+        return next(chain(there, at_home, inside))
 
-    def _locate(self, path: str, shown: str, follow_last: bool) -> Located | None:
+    def _locate(self, root: Directory, spelling: str, shown: str, follow_last: bool) -> Located | None:
+        base = root.path.rstrip(os.sep)
+        at, below = base, spelling.removeprefix(f"{base}/")
+        # Most paths hold no symlink and no "..": they lead where they say, which takes a third of the time to find out.
+        # Not so on Windows, where a part may hold a backslash or a drive, and lead anywhere.
+        for part in below.split("/"):
+            at = f"{at}/{part}"
+            if not HAS_DIR_FD or part in ("", os.curdir, os.pardir) or os.path.islink(at):
+                break
+        else:
+            return Located(root, below, at, shown)
+        path = os.path.join(root.path, spelling)
         parent, name = os.path.split(path.rstrip(os.sep))
         follow = follow_last or name in ("", os.curdir, os.pardir)
-        try:
+        with explained(shown):  # a symlink may be gone between two looks at it
             real = os.path.realpath(path) if follow else os.path.join(os.path.realpath(parent), name)
-        except (OSError, ValueError):  # ValueError: text that cannot be a file name, such as a lone surrogate
-            return None
-        for root in self.roots:
+        for home in self.roots:
             # Comparing with the separator keeps /data out of reach of /data_private's paths, and the reverse.
-            if real == root.path or real.startswith(root.path.rstrip(os.sep) + os.sep):
-                return Located(root, tuple(part for part in real[len(root.path) :].split(os.sep) if part), shown)
+            if os.path.join(real, "").startswith(os.path.join(home.path, "")):
+                return Located(home, real[len(home.path) :].replace(os.sep, "/").strip("/"), real, shown)
         return None
 
-    def directory(self, located: Located, flags: int = TO_LIST) -> Directory:
-        """The directory itself, open. Raises ToolError."""
-        directory = located.root
-        with explained(located.shown):
-            for part in located.parts[:-1]:
-                directory = directory.enter(part, TO_PASS)
-            return directory.enter(located.parts[-1] if located.parts else os.curdir, flags)
-
-    def parent(self, located: Located, flags: int = TO_PASS) -> tuple[Directory, str]:
+    def parent(self, located: Located) -> tuple[Directory, str]:
         """The directory that a path is in, open, and the path's name in it ("." for an allowed directory itself).
         Raises ToolError."""
-        above = Located(located.root, located.parts[:-1], located.shown)
-        return self.directory(above, flags), located.parts[-1] if located.parts else os.curdir
+        *above, name = located.path.split("/")
+        directory = located.root
+        with explained(located.shown):
+            for part in above:
+                directory = directory.enter(part)
+        return directory, name or os.curdir
 
-    def open(self, located: Located) -> int:
-        """A descriptor of a regular file, for reading; the caller closes it. Raises ToolError."""
+    def reach(self, located: Located, act: Callable[[Directory, str], V]) -> V:
+        """What a method of Directory (`open`, `enter`, `stat`) does with the path. Raises ToolError."""
         directory, name = self.parent(located)
         with explained(located.shown):
-            return directory.open(name)
-
-    def stat(self, located: Located) -> os.stat_result:
-        """`lstat` of the path. Raises ToolError."""
-        directory, name = self.parent(located)
-        with explained(located.shown):
-            return directory.stat(name)
+            return act(directory, name)

@@ -68,16 +68,15 @@ SMALL = 1 << 16  # bytes: most files come with one read of this size
 TRAILER = 130  # characters left for the line that says how a text continues
 LEAST = 80  # characters of a text that come however small a result may be: one without progress never ends
 
-JUNK = frozenset(
-    {".git", ".hg", ".svn", "node_modules", "__pycache__", ".venv", "venv", ".tox", ".nox", ".mypy_cache"}
-    | {".pytest_cache", ".ruff_cache", ".gradle", ".terraform", ".next", ".idea", ".DS_Store"}
-)
+# Directories that tools fill and that would drown what a person wrote: a walk enters them only when asked to.
+JUNK = set(".git .hg .svn node_modules __pycache__ .venv venv .tox .nox .mypy_cache .pytest_cache .ruff_cache".split())
+# Names by which secrets are known; they are matched in lower case, as some disks do not tell .ENV from .env.
 SECRET_DIRECTORIES = (".ssh", ".gnupg", ".aws", ".azure", ".kube", ".docker", "gcloud", ".password-store")
 SECRET_FILES = (
-    ".env .env.* *.env .envrc *.pem *.key *.p12 *.pfx *.jks *.keystore *.kdbx *.ppk *.ovpn id_rsa* id_dsa* id_ecdsa*"
-    " id_ed25519* .netrc _netrc .pgpass .my.cnf .npmrc .pypirc .git-credentials .htpasswd .vault-token .dockercfg"
-    " .boto .s3cfg rclone.conf credentials.json client_secret*.json service-account*.json *.tfstate *.tfstate.backup"
-    " application_default_credentials.json secrets.yaml secrets.yml secrets.json secrets.toml master.key shadow"
+    ".env .env.* *.env .envrc *.{pem,key,p12,pfx,jks,keystore,kdbx,ppk,ovpn} id_{rsa,dsa,ecdsa,ed25519}* .netrc _netrc"
+    " .pgpass .my.cnf .npmrc .pypirc .git-credentials .htpasswd .vault-token .dockercfg .boto .s3cfg rclone.conf shadow"
+    " {credentials,client_secret*,service-account*,application_default_credentials}.json secrets.{yaml,yml,json,toml}"
+    " *.tfstate *.tfstate.backup"
 ).split()
 NOT_SECRET = (".env.example", ".env.sample", ".env.template", ".env.dist", "*.pub")
 
@@ -188,13 +187,12 @@ class Files:
         self.sandbox = Sandbox(directories)
         self.max_output = max_output
         self.deny = deny
-        denied = [*deny, *(() if allow_secrets else SECRET_DIRECTORIES)]
+        denied = [glob.rstrip("/").casefold() for glob in [*deny, *(() if allow_secrets else SECRET_DIRECTORIES)]]
         # What is below a denied directory is denied as well, and in any case: on some disks Private is private.
-        names = [glob.rstrip("/") for glob in denied]
-        below = [f"{name}/**" if "/" in name else f"**/{name}/**" for name in names]
+        below = [f"{glob}/**" if "/" in glob else f"**/{glob}/**" for glob in denied]
         try:
             glob_matcher(*deny)  # so that an error names these alone
-            self._denied = glob_matcher(*map(str.casefold, [*denied, *below]))
+            self._denied = glob_matcher(*denied, *below)
         except ToolError as exc:
             raise ConfigError(f"--deny: {exc}") from None
         self._secret = glob_matcher(*([] if allow_secrets else SECRET_FILES))
@@ -222,17 +220,16 @@ class Files:
     def read_media_file(self, path: Path_) -> types.CallToolResult:
         """Read an image or audio file, or any other file as a binary resource, with its MIME type. Up to 10 MB."""
         located = self.sandbox.resolve(path)
-        shown = located.shown
-        with open(self.open(located), "rb") as file, explained(shown):
-            data = file.read(MAX_FILE + 1) or b""
-            size = max(os.fstat(file.fileno()).st_size, len(data))
+        with open(self.open(located), "rb") as file, explained(located.shown):
+            data = file.read(MAX_FILE + 1)
         if not 0 < len(data) <= MAX_FILE:
-            raise ToolError(f"{shown} has {size} bytes; media files have 1 to {MAX_FILE}, choose another")
-        mime = mime_type(shown) or "application/octet-stream"
+            raise ToolError(f"{located.shown} is empty or has more than {MAX_FILE} bytes; choose another file")
+        mime = mime_type(located.shown) or "application/octet-stream"
         encoded, kind = base64.b64encode(data).decode(), mime.partition("/")[0]
         if content := {"image": types.ImageContent, "audio": types.AudioContent}.get(kind):
             return types.CallToolResult(content=[content(data=encoded, mime_type=mime)])
-        blob = types.BlobResourceContents(uri=f"file:///{quote(shown.lstrip('/'))}", blob=encoded, mime_type=mime)
+        uri = f"file:///{quote(located.shown.lstrip('/'))}"
+        blob = types.BlobResourceContents(uri=uri, blob=encoded, mime_type=mime)
         return types.CallToolResult(content=[types.EmbeddedResource(resource=blob)])
 
     @tool()
@@ -260,12 +257,11 @@ class Files:
         directory_tree for an overview. Recursive listings do not enter .git, node_modules and the like unless the
         pattern names them."""
         start = self.sandbox.resolve(path)
+        recursive = recursive or "/" in pattern  # such a pattern names what is below
         found = matching(pattern, islice(self.walk(start, asked=pattern), None if recursive else 1))
-        if not recursive:
-            found = list(found)
-            if not found and "/" in pattern:
-                raise ToolError(f"nothing in {start.shown} itself matches {pattern}; set recursive=true")
-        return self._page(found, "entries", offset, render=partial(list_line, start.shown))
+        render = partial(list_line, start.shown)
+        # One directory is held whole, so that the result can say of how many entries it is a part.
+        return self._page(found if recursive else list(found), "entries", offset, render=render)
 
     @tool(walks=True)
     def directory_tree(
@@ -300,8 +296,7 @@ class Files:
         clipped. The last line says what was skipped: binary, secret and unreadable files, and those above 10 MB."""
         query = Query(pattern, regex, ignore_case, context)
         result = self._page(self._matches(path, query, glob), "matches", offset, limit=max_matches)
-        tokens = TOKENS.findall(pattern) if regex else pattern
-        if result.startswith("[no matches") and any(LINE_BREAK.fullmatch(token) for token in tokens):
+        if result.startswith("[no matches") and re.search(LINE_BREAK if regex else "[\r\n]", pattern):
             raise ToolError(f"{result[1:-1]}; lines are searched one by one: search for what stands on one line")
         return result
 
@@ -310,13 +305,13 @@ class Files:
         """Tell a file's or directory's type, size, times (UTC), permissions and MIME type; for a symlink those of its
         target, and where it leads."""
         itself = self.sandbox.resolve(path, follow_last=False)
-        info, target = self.sandbox.stat(itself), None
+        info, target = self.sandbox.reach(itself, Directory.stat), None
         if stat.S_ISLNK(info.st_mode):
             target = "(outside the allowed directories)"
             with suppress(ToolError):
                 located = self.sandbox.resolve(path)
                 target = f"{printable(located.absolute)} (not found)"
-                info, target = self.sandbox.stat(located), printable(located.absolute)
+                info, target = self.sandbox.reach(located, Directory.stat), printable(located.absolute)
         born = getattr(info, "st_birthtime", None)  # the systems that do not tell it have no honest substitute
         mime = mime_type(itself.shown) if stat.S_ISREG(info.st_mode) else None
         what = {"path": itself.shown, "type": type_of(info.st_mode), "size": info.st_size}
@@ -332,10 +327,8 @@ class Files:
 
     def is_secret(self, path: str) -> bool:
         """Whether the file at this path (from its root, symlinks resolved) must not be opened."""
-        # Case folded, because on a case-insensitive disk .ENV is .env.
         path = printable(path.casefold())
-        name = path.rpartition("/")[2]
-        return self._denied(path) or (self._secret(name) and not self._not_secret(name))
+        return self._denied(path) or (self._secret(path) and not self._not_secret(path))
 
     def refuse_secret(self, located: Located) -> None:
         """Raises ToolError if the file is not to be opened, written or moved."""
@@ -346,7 +339,7 @@ class Files:
     def open(self, located: Located) -> int:
         """A descriptor of a file, for reading; the caller closes it. Raises ToolError."""
         self.refuse_secret(located)
-        return self.sandbox.open(located)
+        return self.sandbox.reach(located, Directory.open)
 
     def _text(self, path: str, reserved: int, *how: Any) -> str:
         located, limit = self.sandbox.resolve(path), max(self.max_output - reserved, LEAST) if self.max_output else 0
@@ -356,25 +349,21 @@ class Files:
 
     def _page(self, items: Iterable[Any], noun: str, offset: int, **how: Any) -> str:
         """The items from `offset` on that a walk has found, as a result. Raises ToolError."""
-        notes = CALL.get().notes
-        try:
-            return page(items, noun, max_output=self.max_output, offset=offset, notes=notes, **how)
-        except ToolError as exc:  # an offset past the end, or only further than the walk came in its time
-            raise ToolError("; ".join([str(exc), *notes()])) from None
+        return page(items, noun, max_output=self.max_output, offset=offset, notes=CALL.get().notes, **how)
 
     def _matches(self, path: str, query: "Query", glob: str) -> Iterator[str]:
         """All that `search_text` finds, file by file."""
         start, call = self.sandbox.resolve(path), CALL.get()
-        if start.parts and not stat.S_ISDIR(self.sandbox.stat(start).st_mode):
+        if start.path and not stat.S_ISDIR(self.sandbox.reach(start, Directory.stat).st_mode):
             with explained(start.shown):
                 yield from query.matches_in(query.text_of(self.open(start)), start.shown)
             return
-        for listing, entry in matching(glob or "*", self.walk(start, asked=glob)):
+        for listing, entry, below in matching(glob or "*", self.walk(start, asked=glob)):
             if call.over():
                 return
             if not entry.is_file(follow_symlinks=False):
                 continue
-            if self.is_secret("/".join([*start.parts, listing.prefix + entry.name])):
+            if self.is_secret(f"{start.path}/{below}".lstrip("/")):
                 call.skip("secret files")
                 continue
             try:
@@ -382,7 +371,7 @@ class Files:
             except OSError:
                 call.skip("unreadable files")
             else:
-                yield from query.matches_in(text, path_of(start.shown, (listing, entry))) if text else ()
+                yield from query.matches_in(text, path_of(start.shown, (listing, entry, below))) if text else ()
 
     def walk(
         self, start: Located, exclude: Sequence[str] | None = None, asked: str = "", max_depth: int = MAX_DEPTH
@@ -392,7 +381,7 @@ class Files:
         ToolError if the start cannot be listed."""
         call, excluded = CALL.get(), glob_matcher(*exclude) if exclude else None
         # Junk is walked when it is asked for: exclude_patterns=[], or its name in the pattern.
-        junk = frozenset[str]() if exclude == [] else JUNK - set(re.split(r"[/{},]", asked))
+        junk = set[str]() if exclude == [] else JUNK - set(re.split(r"[/{},]", asked))
 
         def below(directory: Directory, prefix: str = "", depth: int = 1) -> Iterator[Listing]:
             entries = directory.scan()
@@ -419,7 +408,7 @@ class Files:
                 yield Listing(inner, directory, [], mark)
 
         with explained(start.shown):
-            yield from below(self.sandbox.directory(start))
+            yield from below(self.sandbox.reach(start, Directory.enter))
 
 
 # ------------------------------------------------------------------------------------------------------ patterns
@@ -438,8 +427,9 @@ def linear_regex(pattern: str) -> Callable[[str], bool]:
         raise ToolError(f"no valid regular expression ({reason}); use Rust's syntax, or regex=false") from None
 
 
-GLOB_PARTS = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
-BRACES = {"{": ("(?:", 1), ",": ("|", 0), "}": (")", -1)}
+# Globs are translated, not left to the module glob, which opens by name what it finds and follows links. A brace
+# without its partner makes a regular expression that does not compile, and so an error.
+GLOB_PARTS = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]", "{": "(?:", "}": ")"}
 
 
 def glob_regex(pattern: str) -> str:
@@ -448,17 +438,17 @@ def glob_regex(pattern: str) -> str:
     A glob without a slash is matched against names at any depth. The result is anchored at both ends.
     """
     text = pattern.removeprefix("./").strip("/")
-    out, depth = ["(?s)^(?:.*/)?" if "/" not in text else "(?s)^"], 0
+    out, depth = "(?s)^" if "/" in text else "(?s)^(?:.*/)?", 0
     for part in re.findall(r"\*\*/|\*\*|\[!?\]?[^\]/]*\]|.", text, re.DOTALL):
-        piece = GLOB_PARTS.get(part) or re.escape(part)
-        if part in BRACES and "}" in text and (depth or part == "{"):
-            piece, step = BRACES[part]
-            depth += step
-        elif part not in GLOB_PARTS and len(part) > 1:
+        depth += (part == "{") - (part == "}")
+        if part[0] == "[" and len(part) > 1:
             body = "".join(c if c == "-" else re.escape(c) for c in part[1:-1].removeprefix("!"))
-            piece = f"[^/{body}]" if part[1] == "!" else f"[{body}]"
-        out.append(piece)
-    return "".join(out) + "$"
+            out += f"[^/{body}]" if part[1] == "!" else f"[{body}]"
+        elif part == "," and depth:
+            out += "|"
+        else:
+            out += GLOB_PARTS.get(part) or re.escape(part)
+    return out + "$"
 
 
 def glob_matcher(*patterns: str) -> Callable[[str], bool]:
@@ -490,7 +480,7 @@ class Listing:
     mark: str = ""
 
 
-Found = tuple[Listing, "os.DirEntry[str]"]
+Found = tuple[Listing, "os.DirEntry[str]", str]  # with its path below the start, as it is shown
 
 
 def matching(pattern: str, listings: Iterable[Listing]) -> Iterable[Found]:
@@ -498,8 +488,9 @@ def matching(pattern: str, listings: Iterable[Listing]) -> Iterable[Found]:
     matches, everything = glob_matcher(pattern), pattern == "*"
     for listing in listings:
         for entry in listing.entries:
-            if everything or matches(printable(listing.prefix + entry.name)):
-                yield listing, entry
+            path = printable(listing.prefix + entry.name)
+            if everything or matches(path):
+                yield listing, entry, path
 
 
 def type_of(mode: int) -> str:
@@ -524,8 +515,7 @@ def iso(seconds: float) -> str:
 
 def path_of(shown: str, found: Found) -> str:
     """The path of what was found: it begins with the one that the caller gave, so that it can be passed back."""
-    listing, entry = found
-    return f"{shown.rstrip('/')}/{printable(listing.prefix + entry.name)}"
+    return f"{shown.rstrip('/')}/{found[2]}"
 
 
 def list_line(shown: str, found: Found) -> str:
@@ -545,8 +535,7 @@ def tree_lines(shown: str, listings: Iterable[Listing]) -> Iterator[str]:
         yield f"{' ' * depth}{name}/{listing.mark and f' [{listing.mark}]'}"
         for entry in listing.entries:
             if not entry.is_dir(follow_symlinks=False):
-                link = " [symlink]" if entry.is_symlink() else ""
-                yield f"{' ' * depth} {printable(entry.name)}{link}"
+                yield f"{' ' * depth} {printable(entry.name)}{' [symlink]' if entry.is_symlink() else ''}"
 
 
 # -------------------------------------------------------------------------------------------------- text of files
@@ -567,18 +556,20 @@ def mark_of(data: bytes) -> tuple[bytes, str]:
     return next((mark, codec) for mark, codec in MARKS.items() if data.startswith(mark))
 
 
-def newline_in(encoding: str) -> bytes:
-    """The bytes of a newline. Raises ToolError for what is not an encoding of text."""
+def text_codec(encoding: str) -> str:
+    """The one name of an encoding that has many. Raises ToolError for what is not an encoding of text."""
     with suppress(LookupError, ValueError):
-        if codecs.lookup(encoding).name not in NOT_TEXT:
-            return "\n".encode(encoding)
+        "\n".encode(encoding)  # rot13, say, cannot
+        if (name := codecs.lookup(encoding).name) not in NOT_TEXT:
+            return name
     raise ToolError(f"unknown text encoding: {encoding[:40]}; use utf-8, utf-16, latin-1, cp1252 or another")
 
 
 def end_of_lines(text: str, lines: int) -> int:
     """Where the first `lines` lines of a text end; or the length of one that has fewer."""
-    parts = text.split("\n", min(lines, len(text)))
-    return len(text) - len(parts[-1]) if len(parts) > lines else len(text)
+    if text.count("\n") < lines:
+        return len(text)
+    return len(text) - len(text.split("\n", lines)[-1])
 
 
 @dataclass
@@ -608,65 +599,56 @@ class Text:
         if not text and (lines or self.column):
             past = f"column={self.column}" if self.column else f"offset={self.offset}"
             raise ToolError(f"{past} is past the end of {self.shown}, after {lines} lines; use a smaller one")
-        end = end_of_lines(text, self.lines) if self.lines else len(text)
+        end = end_of_lines(text, self.head) if self.head else len(text)
         self._refuse_undecoded(text[: min(end, limit)])
         return (text[:end] or "[the file is empty]") if end <= limit else self._cut(text, limit)
 
     def _begin(self) -> None:
         """Look at the start of the file, and go to where the wanted part is counted from."""
-        newline_in(self.encoding)  # refuses what is no encoding of text
-        name = codecs.lookup(self.encoding).name
+        codec = text_codec(self.encoding)
+        self.utf_8 = codec == "utf-8"
         self.size = os.fstat(self.file.fileno()).st_size
         if self.size > self.max_size and not (self.head or self.tail or self.offset or self.column):
             way = "read a part with head, tail or offset of read_file, or raise its max_size"
             raise ToolError(f"{self.shown} has {self.size} bytes, more than max_size={self.max_size}; {way}")
-        start = self.file.peek()
-        mark, codec = mark_of(start)
-        self.utf_8 = name == "utf-8"
-        if self.utf_8 and codec not in ("", "utf-8"):
-            raise self._undecodable("by its byte-order mark", f'pass encoding="{codec[:6]}" to read_file')
-        if self.utf_8 and b"\0" in start:
+        beginning = self.file.peek()
+        mark, marked = mark_of(beginning)
+        if self.utf_8 and marked not in ("", "utf-8"):
+            raise self._undecodable("by its byte-order mark", f'pass encoding="{marked[:6]}" to read_file')
+        if self.utf_8 and b"\0" in beginning:
             raise self._undecodable(BINARY)
-        position = first = len(mark) if codec == name else 0  # a byte-order mark is no text
-        self.lines = self.head
-        # Only where a newline is always the same byte can lines be counted from the end; /proc does not tell the end.
-        backwards = self.size > SMALL and name in ("utf-8", "ascii", "iso8859-1", "cp1252")
-        if self.tail and backwards:
-            position, self.lines = self._start_of_tail(first)
-        self.file.seek(position)
+        start = len(mark) if marked == codec else 0  # a byte-order mark is no text
+        # Only where a newline is always the same byte can lines be counted from the end. A log of gigabytes is not read
+        # from its beginning for the sake of its last lines.
+        if self.tail and codec in ("utf-8", "ascii", "iso8859-1", "cp1252"):
+            start = self._before_tail(start)
+        self.file.seek(start)
         # What cannot be decoded becomes surrogates, which matter only in the part that is wanted.
         self.stream, self.ahead = io.TextIOWrapper(self.file, self.encoding, "surrogateescape", newline="\n"), ""
-        if self.tail and not backwards:
+        if self.tail:
+            # How many lines there are is known only at the end: so there, back, and on to where the last ones begin.
             lines = self._skip_lines(sys.maxsize)
-            self.lines = min(self.tail, lines)
-            self.stream.seek(first)
-            self._skip_lines(lines - self.lines)
+            self.stream.seek(start)
+            self._skip_lines(lines - self.tail)
 
-    def _start_of_tail(self, first: int) -> tuple[int, int]:
-        """Where the last lines start, and how many there are: fewer in a shorter file. Reads backwards."""
-        lines, end = 0, self.size
-        while end > first:
+    def _before_tail(self, first: int) -> int:
+        """A place in the file that has the last lines behind it, and little else. Reads backwards."""
+        newlines, start = 0, self.size
+        while start > first and newlines <= self.tail:
             self._refuse_late()
-            start = max(first, end - CHUNK)
+            end, start = start, max(first, start - CHUNK)
             self.file.seek(start)
-            chunk = self.file.read(end - start)
-            at = len(chunk) - (end == self.size and chunk.endswith(b"\n"))  # this one ends the last line
-            while (at := chunk.rfind(b"\n", 0, at)) >= 0:
-                lines += 1
-                if lines == self.tail:
-                    return start + at + 1, lines
-            end = start
-        return first, lines + 1
+            newlines += self.file.read(end - start).count(b"\n")
+        return start
 
     def _skip_lines(self, lines: int) -> int:
         """Go on by so many lines; returns how many there were: fewer at the end of the text."""
         seen, last = 0, "\n"
         while seen < lines and (chunk := self._read(CHUNK)):
-            last, newlines = chunk[-1], chunk.count("\n")
-            if seen + newlines >= lines:
-                last, newlines, end = "\n", lines - seen, end_of_lines(chunk, lines - seen)
-                self.ahead = chunk[end:] + self.ahead
-            seen += newlines
+            end = end_of_lines(chunk, lines - seen)
+            self.ahead = chunk[end:] + self.ahead
+            seen += chunk.count("\n", 0, end)
+            last = chunk[end - 1]
         return seen + (last != "\n")
 
     def _read(self, count: int) -> str:
@@ -683,18 +665,19 @@ class Text:
         """The whole lines that fit in `limit` characters with the trailer; a line that alone is longer is cut inside.
         Some text comes even if there is no room for both: a page without progress would never end."""
         self.ahead = text + self.ahead
-        of = f" of {self.offset + self._skip_lines(sys.maxsize)}" if self.size <= self.max_size else ""
+        left = self._skip_lines(sys.maxsize) if self.tail or self.size <= self.max_size else 0
         resume: dict[str, Any] = {"path": self.naming} if self.naming else {}
         room = max(limit - TRAILER - len(trailer(**resume)), LEAST)
         newline = text.rfind("\n", 0, room) + 1
         end = newline or room
         count = text.count("\n", 0, end)
         if self.tail:
-            fact = f"lines 1-{count} of the last {self.lines} shown"
-            resume["tail"] = self.lines - count
+            fact = f"lines 1-{count} of the last {left} shown"
+            resume["tail"] = left - count
         else:
+            of = f" of {self.offset + left}" if left else ""
             fact = f"lines {self.offset + 1}-{self.offset + count}{of} shown"
-            resume |= {"offset": self.offset + count} | ({"head": self.lines - count} if self.lines else {})
+            resume |= {"offset": self.offset + count} | ({"head": self.head - count} if self.head else {})
         if not newline:
             resume["column"] = self.column + end
             fact = f"characters {self.column + 1}-{self.column + end} of one long line shown"
@@ -722,9 +705,9 @@ class Text:
 
 # -------------------------------------------------------------------------------------------------------- search
 
-# What a regular expression consists of, for finding line breaks outside of its [classes].
-TOKENS = re.compile(r"\\x\{?\w+|\\.|\[\^?\]?(?:\\.|[^]\\])*\]|.", re.DOTALL)
-LINE_BREAK = re.compile(r"[\r\n]|\\[rn]|\\x\{?0*[adAD]")
+
+# A line break in a regular expression; in a [class] it is only one of several choices.
+LINE_BREAK = r"[\r\n]|(?<!\\)\\(?:[rn]|x0[adAD])(?![^[]*\])"
 
 
 class Query:
@@ -738,6 +721,8 @@ class Query:
         # Bytes without which a file cannot match, so that most files are put aside without being decoded.
         self.needle = b"" if regex or ignore_case else pattern.encode("utf-8", "surrogatepass")
         self.call = CALL.get()
+
+    # Whole files are looked at first, by what is fastest; lines are made of those only in which there is a match.
 
     def find(self, text: str) -> int:
         """Where the text that is looked for stands; below zero if it does not, or if that is not known."""
@@ -754,9 +739,7 @@ class Query:
 
     def clip(self, line: str) -> str:
         """A line as it is shown: a long one is cut around the match, and says so."""
-        if len(line) <= MAX_LINE:
-            return line
-        start = max(0, self.find(line) - MAX_LINE // 4)
+        start = max(0, min(self.find(line) - MAX_LINE // 4, len(line) - MAX_LINE))
         before, after = f"[{start} characters]…" if start else "", len(line) - start - MAX_LINE
         return before + line[start : start + MAX_LINE] + (f"…[{after} characters]" if after > 0 else "")
 

@@ -24,12 +24,10 @@ except ModuleNotFoundError as missing:
 import ctypes
 import difflib
 import errno
-import hashlib
 import os
 import re
 import stat
 import threading
-import time
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
@@ -39,8 +37,8 @@ from mcp.server.mcpserver.exceptions import ToolError
 from mcp_types import ToolAnnotations
 from pydantic import BaseModel, Field
 
-from common import MIN_SHOWN, TO_LIST, TO_PASS, Directory, Located, explained, trailer
-from fs_server import CALL, MAX_FILE, Encoding, Files, Path_, mark_of, newline_in, tool
+from common import MIN_SHOWN, Directory, Located, explained, trailer
+from fs_server import CALL, MAX_FILE, WALK_LIMIT, Encoding, Files, Path_, mark_of, text_codec, tool
 
 if sys.platform != "win32":
     import fcntl
@@ -109,13 +107,13 @@ class WritableFiles(Files):
         self.refuse_secret(located)
         directory, answer = located.root, f"{located.shown} was there already"
         with explained(located.shown):
-            for part in located.parts:
+            for part in located.path.split("/") if located.path else ():
                 refuse_late()
                 name, dir_fd = directory.at(part)
                 with suppress(FileExistsError):
                     os.mkdir(name, dir_fd=dir_fd)
                     answer = f"created {located.shown}"
-                directory = directory.enter(part, TO_PASS)
+                directory = directory.enter(part)
         return answer
 
     @tool(Writes(destructive_hint=False, idempotent_hint=False))
@@ -123,12 +121,11 @@ class WritableFiles(Files):
         """Move or rename a file or directory. The destination is the new path itself; nothing that exists is ever
         overwritten."""
         old, directory, name = self._to_change(source, move=True, slash=True)
-        is_directory = stat.S_ISDIR(self.sandbox.stat(old).st_mode)
+        is_directory = stat.S_ISDIR(self.sandbox.reach(old, Directory.stat).st_mode)
         new, target, new_name = self._to_change(destination, move=True, slash=is_directory)
-        if f"{new.absolute}/".startswith(f"{old.absolute}/"):
-            raise ToolError(f"{new.shown} is {old.shown} itself or inside it; give a destination elsewhere")
-        if is_directory and self.deny:  # all other rules are about names that move along
-            self._refuse_unprotecting(old, new)
+        # Rules without a slash are about names, which move along; others would no longer fit what is in the directory.
+        if is_directory and any("/" in glob.rstrip("/") for glob in self.deny):
+            raise ToolError(f"{old.shown} stays: directories are not moved where --deny names paths; move its files")
         # In turn with writers: what is being edited must not go away between the last look at it and the rename.
         with turn(directory, old.shown), explained(new.shown):
             refuse_late()
@@ -153,7 +150,7 @@ class WritableFiles(Files):
             raise ToolError(f"{located.shown} is no name for a file but for a directory; leave the slash out")
         if not os.path.lexists(os.path.dirname(located.absolute)):
             raise ToolError(f"not found: the directory of {located.shown}; create_directory makes directories")
-        return located, *self.sandbox.parent(located, TO_LIST)
+        return located, *self.sandbox.parent(located)
 
     @contextmanager
     def _writing(self, path: str) -> "Generator[Target]":
@@ -162,14 +159,6 @@ class WritableFiles(Files):
         located, directory, name = self._to_change(path)
         with explained(located.shown), turn(directory, located.shown) as temporary:
             yield Target(directory, name, located.shown, temporary)
-
-    def _refuse_unprotecting(self, old: Located, new: Located) -> None:
-        """A directory is not moved if a file in it that may not be opened could be under its new path: a glob that was
-        given with --deny may name the directory. Raises ToolError."""
-        paths = (f"/{found.prefix}{entry.name}" for found in self.walk(old, exclude=[]) for entry in found.entries)
-        opened = any(self.is_secret(old.path + path) and not self.is_secret(new.path + path) for path in paths)
-        if opened or CALL.get().notes():
-            raise ToolError(f"{old.shown} has files that --deny protects there, or could not be searched; move others")
 
 
 def refuse_late() -> None:
@@ -195,7 +184,7 @@ def turn(directory: Directory, shown: str) -> Generator[str]:
     each time where other servers cannot be locked out (Windows, many network disks). Raises ToolError."""
     own, fd, temporary = TURNS[hash(directory.path) % len(TURNS)], directory.fd, TEMPORARY + os.urandom(8).hex()
     # Waiting here ends with the call. Waiting for the system's lock does not: so at most one thread does that.
-    if not own.acquire(timeout=max(0, CALL.get().deadline - time.monotonic())):
+    if not own.acquire(timeout=WALK_LIMIT):
         raise ToolError(f"others are writing beside {shown} all the time, nothing was changed; try again later")
     with ExitStack() as held:
         held.callback(own.release)
@@ -215,15 +204,12 @@ class Target:
     def __init__(self, directory: Directory, name: str, shown: str, temporary: str) -> None:
         self.directory, self.name, self.shown, self.temporary = directory, name, shown, temporary
         self.seen, self.old = self._state(), None
-        path, dir_fd = directory.at(name)
         if self.seen:
-            with open(directory.open(name), "rb") as file:
+            # A rename needs no right to the file itself: without asking for it, write protection would protect nothing.
+            with open(directory.open(name, os.O_RDWR), "rb") as file:
                 self.old = file.read(MAX_FILE + 1)
             if len(self.old) > MAX_FILE:
                 raise ToolError(f"{shown} has more than {MAX_FILE} bytes, and is left alone; choose a smaller one")
-            # A rename needs no right to the file itself: without this, write protection would protect nothing.
-            if not os.access(path, os.W_OK, dir_fd=dir_fd):
-                raise ToolError(f"{shown} is write-protected and left alone; ask the user to permit writing it")
 
     def _state(self) -> tuple[int, ...] | None:
         """What tells one state of a file from another; None if there is none."""
@@ -235,8 +221,6 @@ class Target:
     def replace(self, data: bytes) -> None:
         """Put the new content in place. Raises OSError, or ToolError if another program has changed the file since it
         was looked at."""
-        if len(data) > MAX_FILE:
-            raise ToolError(f"{self.shown} would have {len(data)} bytes, more than {MAX_FILE}; nothing was written")
         (temporary, dir_fd), (path, _) = self.directory.at(self.temporary), self.directory.at(self.name)
         with suppress(FileNotFoundError):  # left by a server that was killed
             os.unlink(temporary, dir_fd=dir_fd)
@@ -259,7 +243,7 @@ class Target:
         finally:
             with suppress(OSError):  # if all went well, it is not there any more
                 os.unlink(temporary, dir_fd=dir_fd)
-        serving.audit(path=self.shown, **facts("before", self.old), **facts("after", data))
+        serving.audit(path=self.shown, bytes_before=len(self.old or b""), bytes_after=len(data))
 
 
 def copy_attributes(old: int, new: int) -> None:
@@ -267,60 +251,50 @@ def copy_attributes(old: int, new: int) -> None:
     info = os.fstat(old)
     mode = stat.S_IMODE(info.st_mode)
     with suppress(OSError):  # only root may give a file away, but a group that one is in may be given to it
-        os.fchown(new, -1, info.st_gid)
-        os.fchown(new, info.st_uid, -1)
+        os.fchown(new, info.st_uid if os.geteuid() == 0 else -1, info.st_gid)
     now = os.fstat(new)
     # Rights that were another's must not become ours: set-user-ID would run the new text as this user.
     if (now.st_uid, now.st_gid) != (info.st_uid, info.st_gid):
         mode &= 0o777 if now.st_gid == info.st_gid else 0o707
     with suppress(OSError, AttributeError):  # not everywhere
-        # What a program may do was granted to its old content: the system, too, takes it from what is written.
-        for attribute in set(os.listxattr(old)) - {"security.capability"}:
-            with suppress(OSError):  # some belong to the system
+        for attribute in os.listxattr(old):
+            # What a program may do was granted to its old content: the system, too, takes it from what is written.
+            if not attribute.startswith("security."):
                 os.setxattr(new, attribute, os.getxattr(old, attribute))
     os.chmod(new, mode)
-
-
-def facts(when: str, data: bytes | None) -> dict[str, object]:
-    """What the audit log says of a content."""
-    size, digest = (None, None) if data is None else (len(data), hashlib.sha256(data).hexdigest())
-    return {f"bytes_{when}": size, f"sha256_{when}": digest}
 
 
 # ------------------------------------------------------------------------------------------------------- editing
 
 MARK = "\ufeff"  # a byte-order mark as a character: no text, so it is left out of oldText and newText
-CRLF = "\udbff"  # stands for "\r\n" in a draft: half a character, which no text has
-BREAK = f"[\n\r{CRLF}]"
 
 
 class Draft:
-    """A file's text while it is edited. In `kept` each line break is one character, "\n", "\r" or CRLF; in `text` each
-    is "\n", so that what is found in one stands at the same place in the other. Raises ToolError for what is no text
-    in the encoding."""
+    """A file's text while it is edited, with "\n" for each line break; `breaks` are those of the file, in order. Raises
+    ToolError for what is no text in the encoding."""
 
     def __init__(self, data: bytes, shown: str, encoding: str) -> None:
-        newline_in(encoding)  # refuses what is no encoding of text
         self.shown = shown
         self.mark, codec = mark_of(data)
-        self.codec = codec or encoding.lower().replace("_", "-").removesuffix("-sig")
-        self.kept = data[len(self.mark) :].decode(self.codec, "replace").replace("\r\n", CRLF)
-        self.text = plain(self.kept)
+        self.codec = codec or text_codec(encoding).removesuffix("-sig")
+        text = data[len(self.mark) :].decode(self.codec, "replace")
+        self.breaks = re.findall("\r\n?|\n", text)
+        self.text = re.sub("\r\n?", "\n", text)
         self.encoded(expected=data)  # what was replaced does not come back as it was
 
     def encoded(self, expected: bytes | None = None) -> bytes:
         """The bytes of the file with the text as it is now. Raises ToolError."""
+        text = "".join(line + end for line, end in zip(self.text.split("\n"), [*self.breaks, ""], strict=True))
         with suppress(UnicodeEncodeError):
-            data = self.mark + self.kept.replace(CRLF, "\r\n").encode(self.codec)
+            data = self.mark + text.encode(self.codec)
             if expected in (None, data):
                 return data
         raise ToolError(f'{self.shown} or a newText is no {self.codec}; pass its encoding, "latin-1" fits any file')
 
     def replace(self, edit: Edit, number: int) -> None:
         """Make one edit. Raises ToolError unless oldText is there exactly once."""
-        old, new = (text.lstrip(MARK).replace("\r\n", "\n") for text in (edit.oldText, edit.newText))
-        old = plain(old)
-        if old in ("", plain(new)):
+        old, new = (re.sub("\r\n?", "\n", text.lstrip(MARK)) for text in (edit.oldText, edit.newText))
+        if old in ("", new):
             raise ToolError(f"edit {number} changes nothing; give a newText that differs from its oldText")
         places, at = list[int](), -1
         while len(places) <= 10 and (at := self.text.find(old, at + 1)) >= 0:
@@ -328,31 +302,19 @@ class Draft:
         if len(places) != 1:
             # Looking for more places one by one takes hours where a long oldText overlaps itself; count() is one pass.
             times = max(len(places), self.text.count(old))
-            lines = ", ".join(str(self.text.count("\n", 0, at) + 1) for at in places[:10]) + " ..." * (times > 10)
-            found, where = (f"found {times} times", f" (at lines {lines})") if places else ("not found", "")
+            lines = ", ".join(str(self.text.count("\n", 0, at) + 1) for at in places[:10])
+            found = f"found {times} times (at lines {lines})" if places else "not found"
             advice = "make it longer, so that it is there once" if places else nearest(self.text, old)
-            raise ToolError(f"edit {number}: oldText was {found} in {self.shown}{where}, nothing was written; {advice}")
-        start, end = places[0], places[0] + len(old)
-        # The breaks of the lines that oldText touches; the last line of a file may have none, then the one before.
-        touched = self.kept[start : self.text.find("\n", end - 1) + 1 or None]
-        breaks = re.findall(BREAK, touched) or re.findall(BREAK, self.kept)[-1:] or ["\n"]
-        self.kept = self.kept[:start] + with_breaks(new, old, breaks) + self.kept[end:]
-        self.text = plain(self.kept)
-
-
-def plain(text: str) -> str:
-    """A text with "\n" for each line break of one character."""
-    return text.replace("\r", "\n").replace(CRLF, "\n")
-
-
-def with_breaks(new: str, old: str, breaks: list[str]) -> str:
-    """newText with its line breaks as those of the lines that stand where it goes, which are at least one. Lines at the
-    end of oldText that newText has too keep theirs; a lone "\r" in newText is meant."""
-    before, after = old.split("\n"), plain(new).split("\n")
-    same = len(after) - alike(before[::-1], after[::-1])
-    places = (at if at < same else at + len(before) - len(after) for at in range(len(after)))
-    lines = zip(re.findall("[^\r\n]*[\r\n]|[^\r\n]+", new), places, strict=False)
-    return "".join(line.replace("\n", breaks[min(place, len(breaks) - 1)]) for line, place in lines)
+            raise ToolError(f"edit {number}: oldText was {found} in {self.shown}, nothing was written; {advice}")
+        # What both texts begin or end with stays as it is, with its line breaks.
+        first = alike(old, new)
+        last = min(alike(old[::-1], new[::-1]), len(old) - first, len(new) - first)
+        start, end, new = places[0] + first, places[0] + len(old) - last, new[first : len(new) - last]
+        line, stop = self.text.count("\n", 0, start), self.text.count("\n", 0, end)
+        # New line breaks are of the kinds that stand where they go; the last line of a file may have none.
+        kinds = self.breaks[line : stop + 1] or self.breaks[-1:] or ["\n"]
+        self.breaks[line:stop] = [kinds[min(at, len(kinds) - 1)] for at in range(new.count("\n"))]
+        self.text = self.text[:start] + new + self.text[end:]
 
 
 def alike(one: str | list[str], other: str | list[str]) -> int:
@@ -380,8 +342,6 @@ def nearest(text: str, old: str) -> str:
         return "no line of the file is like it: read the file and copy the text from there"
     start = max(0, where - anchor)
     there = [*lines[start : start + len(wanted)], "(the end of the file)"]
-    if there[0].endswith(wanted[0]):  # oldText may begin within a line
-        there[0] = wanted[0]
     line = alike(wanted, there)
     at = max(0, alike(wanted[line], there[line]) - 100)  # in a long line, a little before the difference
     mine, found = wanted[line][at : at + 200], there[line][at : at + 200]
@@ -405,8 +365,7 @@ def unified_diff(before: str, after: str, shown: str, max_output: int) -> str:
         diff += line if line.endswith("\n") else f"{line}\n\\ No newline at end of file\n"
     if max_output and len(diff) > max_output:
         kept = diff[: max(max_output - 80, MIN_SHOWN)].rpartition("\n")[0] + "\n"  # 80: about what the trailer takes
-        lines = [text.count("\n") for text in (kept, diff)]
-        return kept + trailer(f"lines 1-{lines[0]} of {lines[1]} of the diff shown; read_file shows the file")
+        return kept + trailer(f"the diff has {len(diff) - len(kept)} more characters; read_file shows the file")
     return diff or "(all in all, no line is changed)\n"
 
 

@@ -9,7 +9,7 @@ import pytest
 from conftest import Clock
 from mcp.server.mcpserver.exceptions import ToolError
 
-from common import ConfigError, Sandbox, TokenBucket, TTLCache, page, printable, trailer, unprintable
+from common import ConfigError, Directory, Sandbox, TokenBucket, TTLCache, page, printable, trailer, unprintable
 
 pytestmark = pytest.mark.anyio
 
@@ -24,9 +24,6 @@ def test_a_bucket_allows_a_burst_and_refills_at_its_rate_up_to_its_capacity() ->
     for seconds, tokens in ((0.5, 1.0), (1000, 3.0)):
         clock.tick(seconds)
         assert bucket.tokens == tokens
-    for capacity, rate in ((0, 1), (-1, 1), (1, 0), (1, -1)):
-        with pytest.raises(ValueError, match="capacity"):
-            TokenBucket(capacity, rate)
 
 
 async def test_acquire_waits_just_long_enough_and_refuses_at_once_what_would_take_too_long() -> None:
@@ -183,7 +180,7 @@ def root(tmp_path: Path) -> Path:
 
 
 def read(sandbox: Sandbox, path: str) -> bytes:
-    with open(sandbox.open(sandbox.resolve(path)), "rb") as file:
+    with open(sandbox.reach(sandbox.resolve(path), Directory.open), "rb") as file:
         return file.read()
 
 
@@ -219,7 +216,7 @@ def test_the_home_directory_may_be_written_as_a_tilde(root: Path, monkeypatch: p
     monkeypatch.setenv("HOME", str(root))
     sandbox = Sandbox(["~"])
     assert sandbox.roots[0].path == str(root)
-    assert sandbox.resolve("~").parts == ()
+    assert sandbox.resolve("~").path == ""
     (root / "~").mkdir()
     (root / "~" / "a.txt").write_text("a directory with that name")
     assert read(sandbox, "~/a.txt") == b"inside"
@@ -238,7 +235,7 @@ def test_a_symlink_that_comes_after_the_look_is_not_followed(root: Path, swap: s
         (root / "dir").rename(root / "old")
         (root / "dir").symlink_to("../root_evil")
     with pytest.raises(ToolError):
-        sandbox.open(located)
+        sandbox.reach(located, Directory.open)
 
 
 def test_the_first_root_that_has_it_is_meant_and_a_new_name_goes_where_its_directory_is(root: Path) -> None:
@@ -251,7 +248,7 @@ def test_the_first_root_that_has_it_is_meant_and_a_new_name_goes_where_its_direc
 
 def test_two_listings_of_an_allowed_directory_at_a_time_both_see_all_of_it(root: Path) -> None:
     sandbox = Sandbox([root])
-    first, second = (sandbox.directory(sandbox.resolve(".")) for _ in range(2))
+    first, second = (sandbox.reach(sandbox.resolve("."), Directory.enter) for _ in range(2))
     assert first.fd is not None
     assert second.fd is not None
     with os.scandir(first.fd) as one, os.scandir(second.fd) as other:
@@ -266,7 +263,7 @@ def test_directories_are_closed_when_nobody_holds_them(root: Path) -> None:
     sandbox = Sandbox([root])
     for _ in range(10):
         sandbox.parent(sandbox.resolve("dir/x"))
-        sandbox.directory(sandbox.resolve("dir"))
+        sandbox.reach(sandbox.resolve("dir"), Directory.enter)
     del sandbox
     assert len(os.listdir("/dev/fd")) == before
 
@@ -288,14 +285,15 @@ def test_the_sandbox_works_where_the_platform_has_no_dir_fd(root: Path, monkeypa
     monkeypatch.setattr("common.HAS_DIR_FD", False)
     sandbox = Sandbox([root])
     assert read(sandbox, "a.txt") == b"inside"
-    assert [entry.name for entry in sandbox.directory(sandbox.resolve(".")).scan()][:2] == ["a.txt", "dangling"]
-    assert sandbox.stat(sandbox.resolve("dir", follow_last=False)).st_mode & 0o40000
+    here = sandbox.reach(sandbox.resolve("."), Directory.enter)
+    assert [entry.name for entry in here.scan()][:2] == ["a.txt", "dangling"]
+    assert sandbox.reach(sandbox.resolve("dir", follow_last=False), Directory.stat).st_mode & 0o40000
     located = sandbox.resolve("a.txt")
     (root / "a.txt").unlink()
     (root / "a.txt").symlink_to("../root_evil/a.txt")
-    with pytest.raises(ToolError, match="replaced"):
-        sandbox.open(located)
+    with pytest.raises(ToolError, match="symbolic links"):
+        sandbox.reach(located, Directory.open)
     (root / "dir").rmdir()
     (root / "dir").symlink_to("../root_evil")
     with pytest.raises(NotADirectoryError):
-        sandbox.directory(sandbox.resolve(".")).enter("dir")
+        here.enter("dir")

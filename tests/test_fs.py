@@ -130,7 +130,7 @@ async def test_a_tilde_and_links_that_stay_inside_work(root: Path, monkeypatch: 
         assert json.loads(await ok(client, "list_allowed_directories")) == {"directories": [str(root)]}
         assert "not a directory" in await refused(client, "read_file", path="self/x")
         for path in ("loop", "pool", "self"):
-            assert "loop" in await refused(client, "read_file", path=path)
+            assert "symbolic links" in await refused(client, "read_file", path=path)
         assert json.loads(await ok(client, "get_file_info", path="loop"))["type"] == "symlink"
 
 
@@ -340,8 +340,8 @@ async def test_media_files_have_their_type_and_every_file_its_info(root: Path) -
             assert content["mimeType"] == (mime or "application/octet-stream")
             assert base64.b64decode(content.get("blob") or content["data"]) == b"\x00\x01" + name.encode()
             assert json.loads(await ok(client, "get_file_info", path=name))["mime_type"] == mime
-        assert "has 0 bytes; media files have 1 to" in await refused(client, "read_media_file", path="empty.png")
-        assert "10000001 bytes" in await refused(client, "read_media_file", path="big.png")
+        for name in ("empty.png", "big.png"):
+            assert "empty or has more than 10000000 bytes" in await refused(client, "read_media_file", path=name)
         (root / "alias").symlink_to("sub/code.py")
         (root / "dangling").symlink_to("sub/missing.txt")
         (root / "note.txt").chmod(0o640)
@@ -365,7 +365,7 @@ GLOBS = {
     **dict.fromkeys(("{a,src/b}.py", "[ab].py"), "a.py src/b.py"),
     **dict.fromkeys(("?.py", "[a-c].py"), "a.py src/b.py src/lib/c.py"),
     **{"[!ab].py": "src/lib/c.py", "[[]x].py": "src/lib/[x].py", "**/lib": "src/lib"},
-    **dict.fromkeys(("*.PY", "a+py", "a{py"), ""),
+    **dict.fromkeys(("*.PY", "a+py", "a,py"), ""),
 }
 
 
@@ -384,7 +384,7 @@ async def test_globs(tmp_path: Path) -> None:
             assert "is empty or leads out" in await refused(client, "search_files", path=".", pattern=pattern)
             with pytest.raises(ConfigError, match=r"--deny: the glob .* is empty or leads out"):
                 build_server([tmp_path], deny=[pattern])
-        for pattern in ("[z-a]", "}{a", "{" * 400 + "}" * 400):
+        for pattern in ("[z-a]", "}{a", "a{py", "{" * 400 + "}" * 400):
             message = await refused(client, "search_files", path=".", pattern=pattern)
             assert re.match(r"the glob '.*brackets and braces", message)
             with pytest.raises(ConfigError, match=r"--deny: the glob '[^']*' is not valid"):
@@ -402,7 +402,7 @@ async def test_listings_and_trees(root: Path) -> None:
         below = ["./sub/code.py", "./sub/deeper", "./sub/deeper/data.json"]
         assert await paths_in(client, recursive=True) == ["./note.txt", "./sub", *below]
         assert await paths_in(client, recursive=True, pattern="*.json") == below[2:]
-        assert "recursive=true" in await refused(client, "list_directory", pattern="sub/*.py")
+        assert await paths_in(client, pattern="sub/*.py") == below[:1]
         (root / "node_modules" / "x").mkdir(parents=True)
         (root / "node_modules" / "x" / "y.js").write_text("junk")
         # Junk is walked only when it is asked for.
