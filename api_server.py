@@ -749,7 +749,7 @@ def main() -> None:
 
     def build(args: argparse.Namespace, options: Options) -> Server:
         server = build_server(load_config(args.apis, os.environ), options)
-        server.health = serving.health_check(partial(load_config, args.apis, os.environ))
+        server.health = partial(asyncio.to_thread, partial(load_config, args.apis, os.environ))
         server.label = args.apis.stem
         return server
 

@@ -798,7 +798,7 @@ def build_server(
     files = kind(directories, deny, allow_secrets, options.max_output)
     roots = [root.path for root in files.sandbox.roots]
     server = serving.Server(kind.name, f"{kind.does} the files in {', '.join(map(printable, roots))}.", options)
-    server.health = serving.health_check(files.sandbox.check)
+    server.health = partial(asyncio.to_thread, files.sandbox.check)
     server.label = "-".join(part for root in roots for part in Path(root).parts[1:][-2:])
     for method, (annotations, walks) in OFFERED.items():
         if getattr(kind, method.__name__, None) is method:  # not a tool of another kind

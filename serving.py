@@ -29,35 +29,25 @@ except ImportError:
 import argparse
 import asyncio
 import json
-import logging
-import math
 import os
 import re
 import signal
 import stat
 import subprocess
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from contextvars import ContextVar
-from dataclasses import dataclass
-from datetime import datetime, timezone
-from functools import partial, reduce
+from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, cast
+from typing import Any, NamedTuple, NoReturn, cast
 
 import anyio
-import anyio.to_thread
-from anyio.abc import ObjectStream
-from mcp.server.lowlevel.helper_types import ReadResourceContents
-from mcp.server.mcpserver import Context
-from mcp.server.mcpserver.exceptions import ResourceError, ToolError, UnexpectedToolError
-from mcp.server.stdio import stdio_server
+from mcp.server.mcpserver.exceptions import ResourceError, ToolError
+from mcp.server.mcpserver.utilities.func_metadata import ArgModelBase
 from mcp.shared.message import SessionMessage
-from mcp_types import CallToolResult, InputRequiredResult, TextContent, ToolAnnotations
-from mcp_types.jsonrpc import PARSE_ERROR, ErrorData, JSONRPCError, jsonrpc_message_adapter
-from pydantic import AnyUrl, ValidationError
-from pydantic_core import to_json
+from mcp_types import CallToolResult, TextContent, ToolAnnotations, jsonrpc_message_adapter
+from pydantic_core import ValidationError, to_json
 
 from common import ConfigError, TokenBucket
 
@@ -66,19 +56,17 @@ gc.enable()
 
 __version__ = "0.2.0"
 
-T = TypeVar("T")
-
 MAX_OUTPUT = 40_000  # characters: about 10,000 tokens, below the 25,000 at which clients cut a result themselves
-MAX_MESSAGE = 1 << 27  # bytes of one message: a text of 10 MB takes six times that in JSON at worst
 TIME_LIMIT = 30.0  # seconds a tool may run; clients drop results at 60
-MAX_AUDITED = 200  # characters of one text kept in an audit line
-MAX_LINE = 20_000  # characters of the arguments in an audit line
+MAX_AUDITED = 200  # characters of one text in an audit line
+
+# A misspelt argument would be dropped without a word, and the model believe that it had an effect.
+ArgModelBase.model_config["extra"] = "forbid"
 
 READ_ONLY = ToolAnnotations(read_only_hint=True, open_world_hint=False)
 
 
-@dataclass(frozen=True)
-class Options:
+class Options(NamedTuple):
     """What every server can be started with: `max_output` in characters (0 = no limit), `rate_limit` as calls per
     seconds, `audit_log` as the file to append to, `verbose` to have the same lines on stderr."""
 
@@ -95,28 +83,28 @@ class Server(MCPServer[Any]):
     """An MCPServer whose tool calls and resource reads are all checked, bounded in time, and recorded; every failure
     reaches the model as one sentence. To be set by who builds it:
 
-    `redact` is applied to all text that leaves the server, and `health` raises when what it serves is gone. For the
-    entry in a client's configuration, `label` tells it from others of its kind, and `variables` are the environment
-    variables without which it does not start.
+    `redact` is applied to all text that leaves the server, and `secrets` are masked in it; `health` raises when what it
+    serves is gone. For the entry in a client's configuration, `label` tells it from others of its kind, and
+    `variables` are the environment variables without which it does not start.
     """
 
     def __init__(self, name: str, instructions: str, options: Options, lifespan: Any = None) -> None:
         # At the SDK's default, INFO, every refused call would add a line to the client's log file.
         super().__init__(name, instructions=instructions, version=__version__, log_level="WARNING", lifespan=lifespan)
-        if "opentelemetry.sdk" not in sys.modules:  # spans that nobody collects would be a tenth of a small call
-            self.middleware[:] = [m for m in self.middleware if type(m).__name__ != "OpenTelemetryMiddleware"]
+        # Spans that nobody collects would be a tenth of a small call.
+        self.middleware[:] = [m for m in self.middleware if type(m).__name__ != "OpenTelemetryMiddleware"]
         self.options = options
         self.redact: Callable[[str], str] = str
-        self.health: Callable[[], Awaitable[None]] | None = None
+        self.secrets: Sequence[str] = ()
+        self.health: Callable[[], Awaitable[object]] | None = None
         self.label = ""
         self.variables: Sequence[str] = ()
         # Who calls: over HTTP the short hash of the token, or "" if none is needed; None over stdio.
         self.caller: ContextVar[str | None] = ContextVar("caller", default=None)
-        self._parameters: dict[str, list[str]] = {}  # the names of each tool's
         self._buckets: dict[str | None, TokenBucket] = {}  # one for each caller
         self._logs = [2] if options.verbose else []  # descriptors
         if options.audit_log is not None:
-            self._logs.append(open_audit_log(options.audit_log))
+            self._logs.append(os.open(options.audit_log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600))
 
     def add_tool(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         """As in MCPServer, with less for the model to read: a docstring is sent as one line, schemas are slimmed."""
@@ -124,175 +112,111 @@ class Server(MCPServer[Any]):
         tool = self._tool_manager.list_tools()[-1]
         tool.description = " ".join(tool.description.split())
         tool.title = tool.title or tool.name.replace("_", " ").capitalize()
-        tool.parameters = _slim(tool.parameters)
-        tool.fn_metadata.output_schema = _slim(tool.fn_metadata.output_schema)
-        self._parameters[tool.name] = list(tool.parameters["properties"])
+        tool.parameters = json.loads(json.dumps(tool.parameters), object_hook=_slim)
+        tool.fn_metadata.output_schema = json.loads(json.dumps(tool.fn_metadata.output_schema), object_hook=_slim)
 
-    async def call_tool(
-        self, name: str, arguments: dict[str, Any], context: Context[Any, Any] | None = None
-    ) -> CallToolResult:
+    async def call_tool(self, name: str, arguments: dict[str, Any], context: Any = None) -> Any:
         """Run one tool. Raises ToolError with one sentence that says what to do next."""
-        run = partial(super().call_tool, name, arguments, context)
+        return await self.checked(name, arguments, partial(super().call_tool, name, arguments, context))
 
-        async def call() -> CallToolResult:
-            self._refuse_unknown(name, arguments)
-            result = cast("CallToolResult", await run())
-            audit(bytes=self._clean(result), **({"outcome": "error"} if result.is_error else {}))
-            return result
-
-        return await self.checked(name, arguments, call)
-
-    async def read_resource(
-        self, uri: AnyUrl | str, context: Context[Any, Any] | None = None
-    ) -> Iterable[ReadResourceContents] | InputRequiredResult:
+    async def read_resource(self, uri: Any, context: Any = None) -> Any:
         """Read one resource, with the limits of a tool call. Raises ResourceError."""
-        try:
-            return await self.checked("resources/read", {"uri": str(uri)}, partial(super().read_resource, uri, context))
-        except ToolError as exc:
-            raise ResourceError(str(exc)) from None
+        return await self.checked("resources/read", {"uri": str(uri)}, partial(super().read_resource, uri, context))
 
-    async def checked(self, name: str, arguments: Mapping[str, Any], run: Callable[[], Awaitable[T]]) -> T:
+    async def checked(self, name: str, arguments: Mapping[str, Any], run: Callable[[], Awaitable[Any]]) -> Any:
         """Do what a client asks for: within the rate and the time limit, and with a line in the audit log.
 
-        Raises what `run` raises, its message cleaned, and ToolError for a limit.
+        Raises what `run` raises, with a message for the model, and LimitError.
         """
         started = time.perf_counter()
-        facts: dict[str, object] = {"outcome": "ok", "ms": 0.0}
+        facts: dict[str, object] = {"outcome": "cancelled", "ms": 0.0, "bytes": 0}
         _facts.set(facts)  # worker threads see the same dict
         try:
-            self._take_token()
+            if self.options.rate_limit is not None:
+                calls, seconds = self.options.rate_limit
+                # One caller who uses up the limit must not lock out the others.
+                bucket = self._buckets.setdefault(self.caller.get(), TokenBucket(calls, calls / seconds))
+                if wait := bucket.try_acquire():
+                    raise LimitError(f"rate limit reached: {calls} calls in {seconds:g} s; try again in {wait:.1f} s")
             async with asyncio.timeout(TIME_LIMIT):
-                return await run()
+                result = await run()
+            if isinstance(result, CallToolResult):
+                facts["bytes"] = self._clean(result)
+            facts["outcome"] = "ok"
+            return result
         except TimeoutError:
             facts["outcome"] = "timeout"
-            raise ToolError(f"{name} did not finish within {TIME_LIMIT:g} s; ask for less, or for a part") from None
+            raise LimitError(f"{name} did not finish within {TIME_LIMIT:g} s; ask for less, or for a part") from None
         except (ToolError, ResourceError) as exc:
-            message, size = self._clean_text(_sentence(name, exc))
-            facts.update(outcome="error", bytes=size)
-            exc.args = (message,)
-            raise
-        except BaseException:
-            facts["outcome"] = "cancelled"
+            facts["outcome"] = "error"
+            exc.args = (self._clean_text(self._sentence(name, exc)),)
             raise
         finally:
             facts["ms"] = round((time.perf_counter() - started) * 1000, 1)
-            self._audit(name, arguments, facts)
+            if self._logs:
+                self._audit(name, arguments, facts)
 
-    def _refuse_unknown(self, name: str, arguments: Mapping[str, Any]) -> None:
-        valid = self._parameters.get(name)
-        if valid is None:
-            raise ToolError(f"unknown tool: {name}; this server has {', '.join(self._parameters)}")
-        # The SDK drops a misspelt argument without a word, and the model believes that it had an effect.
-        for argument in arguments:
-            if argument not in valid:
-                raise ToolError(f"unknown argument: {argument}; {name} takes {', '.join(valid) or 'no arguments'}")
+    def _sentence(self, name: str, exc: Exception) -> str:
+        """What is wrong, without what the SDK puts around it and without any exception's own text."""
+        tool = self._tool_manager.get_tool(name)
+        if tool and isinstance(exc.__cause__, ValidationError):
+            problems = [
+                f"{'.'.join(map(str, e['loc']))}: {e['msg'][:1].lower()}{e['msg'][1:]} (got {e['input']!r:.60})"
+                for e in exc.__cause__.errors()
+            ]
+            return f"{'; '.join(problems)}; {name} takes {', '.join(tool.parameters['properties']) or 'no arguments'}"
+        # Of an unexpected exception, the SDK says no more than its prefix, and logs the rest.
+        message = str(exc).removeprefix(f"Error executing tool {name}").removeprefix(": ")
+        return message or f"{name} failed inside the server; the reason is in the server's log, try other arguments"
 
-    def _take_token(self) -> None:
-        if self.options.rate_limit is None:
-            return
-        calls, seconds = self.options.rate_limit
-        # One caller who uses up the limit must not lock out the others.
-        who = self.caller.get()
-        if who not in self._buckets:
-            self._buckets[who] = TokenBucket(calls, calls / seconds)
-        if wait := self._buckets[who].try_acquire():
-            rate = f"{calls} calls at once, {calls / seconds:g} a second"
-            raise ToolError(f"rate limit reached: {rate}; try again in {wait:.1f} s")
-
-    def mask(self, secrets: Sequence[str]) -> None:
-        """Also keep these texts out of everything that leaves the server."""
-        redact = self.redact
-        self.redact = lambda text: reduce(lambda text, secret: text.replace(secret, "***"), secrets, redact(text))
-
-    def _clean_text(self, text: str) -> tuple[str, int]:
-        """Text that may leave: secrets masked, and no lone surrogate, which cannot be sent; and its size in bytes."""
+    def _clean_text(self, text: str) -> str:
+        """Text that may leave: secrets masked, and no lone surrogate, which cannot be sent."""
         text = self.redact(text)
-        if text.isascii():  # known at once, while encoding a large text takes as long as reading it
-            return text, len(text)
-        data = text.encode("utf-8", "backslashreplace")
-        return data.decode(), len(data)
+        for secret in self.secrets:
+            text = text.replace(secret, "***")
+        return text.encode("utf-8", "backslashreplace").decode()
 
     def _clean(self, result: CallToolResult) -> int:
         """Make a result fit to be sent; returns its size in bytes."""
         if result.structured_content is not None:
             # The SDK's text copy of a structured result is indented JSON: half of it is white space.
-            text = json.dumps(result.structured_content, ensure_ascii=False, separators=(",", ":"))
-            result.structured_content = json.loads(self._clean_text(text)[0])
+            text = self._clean_text(to_json(result.structured_content).decode())
+            result.structured_content = json.loads(text)
             result.content = [TextContent(type="text", text=text)]
-        size = 0
-        for block in result.content:
-            if isinstance(block, TextContent):
-                block.text, length = self._clean_text(block.text)
-                size += length
-        return size
+        texts = [block for block in result.content if isinstance(block, TextContent)]
+        for block in texts:
+            block.text = self._clean_text(block.text)
+        return sum(len(block.text.encode()) for block in texts)
 
     def _audit(self, name: str, arguments: Mapping[str, Any], facts: Mapping[str, object]) -> None:
-        if not self._logs:
-            return
-        known = to_json(_for_audit(arguments), inf_nan_mode="strings")
-        shown = json.loads(known) if len(known) < MAX_LINE else f"{len(known)} characters"
-        time_ = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
-        token = {"token": caller} if (caller := self.caller.get()) else {}
-        line = json.dumps({"time": time_, "tool": name, "arguments": shown, **token, **facts})
+        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        line = {"time": now, "tool": name, "arguments": _for_audit(arguments), "token": self.caller.get(), **facts}
+        text = self._clean_text(to_json(line, inf_nan_mode="strings").decode())
         try:
             for log in self._logs:
-                os.write(log, self.redact(line).encode() + b"\n")
+                os.write(log, text.encode() + b"\n")
         except OSError:
-            logging.getLogger(__name__).error("the audit log cannot be written")
+            print("the audit log cannot be written", file=sys.stderr)
 
 
-def _sentence(name: str, exc: Exception) -> str:
-    """What is wrong, in one sentence, without what the SDK puts around it and without any exception's own text."""
-    if isinstance(exc, UnexpectedToolError):
-        return f"{name} failed inside the server; the reason is in the server's log, try other arguments"
-    if isinstance(exc.__cause__, ValidationError):
-        problems = [
-            f"{'.'.join(str(part) for part in error['loc'])}: {error['msg'][:1].lower()}{error['msg'][1:]}"
-            + (f" (got {str(error['input'])[:60]!r})" if error["type"] != "missing" else "")
-            for error in exc.__cause__.errors(include_url=False)
-        ]
-        return f"{'; '.join(problems)}; correct the arguments of {name} and call it again"
-    return str(exc).removeprefix(f"Error executing tool {name}: ")
+class LimitError(ToolError, ResourceError):
+    """The rate or the time limit, for a tool as for a resource."""
 
 
-def _slim(schema: Any) -> Any:
+def _slim(schema: dict[str, Any]) -> dict[str, Any]:
     """A JSON schema without what costs the model tokens and tells it nothing: titles, which repeat the names, the
     longest texts that are accepted, which no honest call comes near, and the description of a whole result."""
-    if isinstance(schema, list):
-        return [_slim(item) for item in cast("list[Any]", schema)]
-    if not isinstance(schema, dict):
-        return schema
-    items = cast("dict[str, Any]", schema).items()
-    left_out = ("title", "maxLength", "description" if "properties" in schema else "")
-    return {k: _slim(v) for k, v in items if not (k in left_out and isinstance(v, (str, int)))}
-
-
-def health_check(check: Callable[[], object]) -> Callable[[], Awaitable[None]]:
-    """`check` as the `health` of a Server. One check runs at a time, on no thread of the tools': those of a file system
-    that hangs must not use them up."""
-    limiter = anyio.CapacityLimiter(1)
-
-    async def health() -> None:
-        await anyio.to_thread.run_sync(check, abandon_on_cancel=True, limiter=limiter)
-
-    return health
+    left_out = ("title", "maxLength", "additionalProperties", "description" if "properties" in schema else "")
+    return {name: value for name, value in schema.items() if name not in left_out or isinstance(value, dict)}
 
 
 # ----------------------------------------------------------------------------------------------------- audit log
 
 _facts: ContextVar[dict[str, object]] = ContextVar("_facts")
 
-_NAME = (
-    r"pass|pwd|secret|token|api[-_]?key|auth(?!ors?(?![a-z]))|credential|cookie|session"
-    r"|(?<![a-z])sig(?:nature)?(?![a-z])"
-)
-_SECRET = re.compile(_NAME, re.IGNORECASE)
+_NAME = r"(?i:pass|pwd|secret|token|api.?key|auth(?!ors?\b)|credential|cookie|session|(?<![a-z])sig(nature)?(?![a-z]))"
 # name=value in a URL or a connection string, "name": "value" in JSON (also JSON within JSON), Name: value in a header.
-_SECRET_TEXT = re.compile(
-    rf"""((?:{_NAME})[\w.-]*(?:\\*["'])?\s*[=:]\s*(?:(?:bearer|basic)\s+)?)"""
-    r"""(\\*"[^"\\]*|'[^']*|[^\s&,;"'{}]+)""",
-    re.IGNORECASE,
-)
+_SECRET = re.compile(rf"""({_NAME}[\w.-]*\\*["']?\s*[=:]\s*((?i:bearer|basic) +)?)(\\*"[^"\\]*|'[^']*|[^\s&,;"']+)""")
 
 
 def audit(**facts: object) -> None:
@@ -300,38 +224,28 @@ def audit(**facts: object) -> None:
     _facts.get({}).update(facts)
 
 
-def open_audit_log(path: Path) -> int:
-    """A descriptor to append to. Raises ConfigError."""
-    try:
-        # Without O_NONBLOCK, opening a FIFO waits for a reader.
-        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_NONBLOCK", 0), 0o600)
-    except OSError as exc:
-        raise ConfigError(f"cannot write the audit log {path}: {exc.strerror}; name another file") from None
-
-
-def _for_audit(value: Any, name: str = "") -> Any:
+def _for_audit(value: Any) -> Any:
     """Arguments as they may be written down: secrets are masked by their name, long texts are cut."""
-    if _SECRET.search(name):
-        return "***"
     if isinstance(value, str):
         length = f"… ({len(value)} characters)" if len(value) > MAX_AUDITED else ""
-        return _SECRET_TEXT.sub(r"\1***", value[:MAX_AUDITED]) + length
+        return _SECRET.sub(r"\1***", value[:MAX_AUDITED]) + length
     if isinstance(value, Mapping):
-        return {str(k): _for_audit(v, str(k)) for k, v in cast("Mapping[object, Any]", value).items()}
+        items = cast("Mapping[object, Any]", value).items()
+        return {str(name): "***" if re.search(_NAME, str(name)) else _for_audit(item) for name, item in items}
     if isinstance(value, list):
-        return [_for_audit(item, name) for item in cast("list[Any]", value)]
+        return [_for_audit(item) for item in cast("list[Any]", value)]
     return value
 
 
 # --------------------------------------------------------------------------------------------------------- stdio
 
 # The id of a request that cannot be parsed: a name at the top level, before or behind all that is nested.
-_ID = rb'"id"\s*:\s*(-?\d{1,15}|"[^"\\]{0,100}")'
+_ID = rb'"id"\s*:\s*(-?\d+|"[\w .:/-]*")'
 _REQUEST_ID = re.compile(rb"\s*\{[^{}\[\]]*?" + _ID + rb"|.*" + _ID + rb"[^{}\[\]]*\}\s*\Z", re.DOTALL)
-UNREADABLE = "the message is no JSON-RPC in UTF-8, or has a lone surrogate, a huge number or deep nesting; mend it"
+_UNREADABLE = b'{"jsonrpc":"2.0","id":%b,"error":{"code":-32700,"message":"no JSON-RPC in UTF-8, or too deep"}}\n'
 
 
-class Pipes(ObjectStream[SessionMessage]):
+class Pipes(anyio.abc.ObjectReceiveStream[SessionMessage], anyio.abc.ObjectSendStream[SessionMessage]):
     """Stdin and stdout as the two message streams that a server is run over, both in one object.
 
     Served on the event loop itself. The SDK's transport moves every line through worker threads, and every message
@@ -339,69 +253,55 @@ class Pipes(ObjectStream[SessionMessage]):
     """
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._reader = reader
-        self._writer = writer
-        self._turn = asyncio.Lock()
+        self._reader, self._writer, self._turn = reader, writer, asyncio.Lock()
 
     @classmethod
     async def open(cls) -> "Pipes | None":
         """None where the event loop cannot wait for them (a file, a terminal, Windows): the SDK's has to do."""
-        ends = [os.fstat(0), os.fstat(1)]
-        if sys.platform == "win32" or not all(stat.S_ISFIFO(end.st_mode) or stat.S_ISSOCK(end.st_mode) for end in ends):
-            return None
-        if os.path.samestat(*ends):  # one socket for both ways: asyncio would take what comes in for a hang-up
+        kinds = {stat.S_IFMT(os.fstat(end).st_mode) for end in (0, 1)}
+        # One socket for both ways is not for us: asyncio would take what comes in for a hang-up.
+        if sys.platform == "win32" or kinds - {stat.S_IFIFO, stat.S_IFSOCK} or os.path.sameopenfile(0, 1):  # noqa: ASYNC240
             return None
         # The protocol moves to descriptors of its own, so that a stray print, or a child process, cannot write into it.
         stdin, stdout = os.fdopen(os.dup(0), "rb", buffering=0), os.fdopen(os.dup(1), "wb", buffering=0)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.dup2(2, 1)
         loop = asyncio.get_running_loop()
-        reader = asyncio.StreamReader(limit=MAX_MESSAGE)
+        reader = asyncio.StreamReader(limit=1 << 27)  # bytes: a text of 10 MB takes six times that in JSON at worst
         await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), stdin)
         sink, protocol = await loop.connect_write_pipe(asyncio.streams.FlowControlMixin, stdout)
-        sink.set_write_buffer_limits(high=0)  # drain returns when all is written, not when the rest is small
         return cls(reader, asyncio.StreamWriter(sink, protocol, None, loop))
 
-    async def send(self, item: SessionMessage) -> None:  # noqa: D102
-        async with self._turn:  # large results wait as they are, not as bytes in a buffer besides
+    async def receive(self) -> SessionMessage:
+        """The next message. What cannot be parsed is answered here: the SDK would drop it, and the client wait."""
+        async for line in self._reader:
+            try:
+                return SessionMessage(jsonrpc_message_adapter.validate_json(line, by_name=False))
+            except ValueError:
+                found = _REQUEST_ID.match(line)
+                self._writer.write(_UNREADABLE % (found[1] or found[2] if found else b"null"))
+        raise anyio.EndOfStream
+
+    async def send(self, item: SessionMessage) -> None:
+        """Send a message. Large results wait for their turn as they are, not as bytes in a buffer besides."""
+        async with self._turn:
             line = jsonrpc_message_adapter.dump_json(item.message, by_alias=True, exclude_unset=True)
             self._writer.write(line + b"\n")
             with suppress(ConnectionError):  # the client has gone; the end of stdin will say so
                 await self._writer.drain()
 
-    async def receive(self) -> SessionMessage:  # noqa: D102
-        while True:
-            line = b""
-            try:
-                line = await self._reader.readline()
-                if not line:
-                    raise anyio.EndOfStream
-                return SessionMessage(jsonrpc_message_adapter.validate_json(line, by_name=False))
-            except ValueError:  # no message of the protocol, or longer than MAX_MESSAGE
-                await self._refuse(line)
-
-    async def _refuse(self, line: bytes) -> None:
-        """Answer what cannot be parsed: the SDK would drop it, and the client wait for its time-out."""
-        found = _REQUEST_ID.match(line)
-        number = json.loads(found[1] or found[2]) if found else None
-        error = ErrorData(code=PARSE_ERROR, message=UNREADABLE)
-        await self.send(SessionMessage(JSONRPCError(jsonrpc="2.0", id=number, error=error)))
-
-    async def send_eof(self) -> None:  # noqa: D102
-        pass
-
-    async def aclose(self) -> None:  # noqa: D102
-        pass
+    async def aclose(self) -> None:
+        """Nothing to do: the process ends with its client."""
 
 
 async def serve_stdio(server: Server) -> None:
     """Serve the client that started this process, until it hangs up; then end the process."""
-    pipes: Any = await Pipes.open()
-    lowlevel = server._lowlevel_server  # pyright: ignore[reportPrivateUsage] - the SDK has no public way to bring streams
-    async with nullcontext((pipes, pipes)) if pipes else stdio_server() as (received, to_send):
-        await lowlevel.run(received, to_send, lowlevel.create_initialization_options())
+    if pipes := await Pipes.open():
+        lowlevel = server._lowlevel_server  # pyright: ignore[reportPrivateUsage] - there is no public way to bring streams
+        await lowlevel.run(pipes, pipes, lowlevel.create_initialization_options())
+    else:
+        await server.run_stdio_async()
     # The client has gone. A worker thread that is stuck in a system call must not keep the process alive.
-    sys.stderr.flush()
     os._exit(0)
 
 
@@ -416,140 +316,70 @@ class _OneLineParser(argparse.ArgumentParser):
 def argument_parser(name: str, description: str) -> argparse.ArgumentParser:
     """A parser with the options that all servers share; the caller adds its own."""
     parser = _OneLineParser(prog=name, description=description, allow_abbrev=False)
-    instead, add = parser.add_mutually_exclusive_group(), parser.add_argument
-    instead.add_argument(
-        "--call", nargs="+", metavar=("TOOL", "name=value"), help="run one tool, print its result, exit"
-    )
-    instead.add_argument("--list-tools", action="store_true", help="print the tools with their parameters, exit")
-    http = "serve Streamable HTTP instead; on a HOST that others reach only with a token in MCP_AUTH_TOKEN"
-    instead.add_argument("--http", metavar="[HOST:]PORT", help=http)
-    host = "a name by which HTTP clients call this server"
-    add("--allowed-host", action="append", default=[], metavar="NAME[:PORT]", help=host)
+    instead, add = parser.add_mutually_exclusive_group().add_argument, parser.add_argument
+    instead("--call", nargs="+", metavar=("TOOL", "name=value"), help="run one tool, print its result, exit")
+    instead("--list-tools", action="store_true", help="print the tools with their parameters, exit")
+    instead("--http", metavar="[HOST:]PORT", help="serve HTTP; others reach a HOST only with a token in MCP_AUTH_TOKEN")
+    add("--allowed-host", action="append", default=[], metavar="NAME", help="what HTTP clients call this server")
     add("--audit-log", type=Path, metavar="FILE", help="append one JSON line a call to FILE")
     add("--verbose", action="store_true", help="write the same line to stderr")
-    most = "characters of a result at most (%(default)s; 0: no limit)"
-    add("--max-output", type=int, default=MAX_OUTPUT, metavar="CHARS", help=most)
+    add("--max-output", type=int, default=MAX_OUTPUT, metavar="CHARS", help="in a result at most (%(default)s; 0: all)")
     add("--rate-limit", type=_rate, metavar="CALLS/SECONDS", help="refuse calls above this rate")
     add("--version", action="version", version=f"%(prog)s {__version__}")
     return parser
 
 
-def _rate(text: str) -> tuple[int, float]:
-    with suppress(ValueError, ZeroDivisionError):
-        calls, seconds = text.split("/")
-        if int(calls) >= 1 and 0 < int(calls) / float(seconds) < math.inf:
-            return int(calls), float(seconds)
-    raise argparse.ArgumentTypeError(f"{text!r} is not CALLS/SECONDS, such as 60/60")
+def _rate(text: str) -> tuple[int, int]:
+    if not (found := re.fullmatch("([1-9][0-9]{0,8})/([1-9][0-9]{0,8})", text)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not CALLS/SECONDS, such as 60/60")
+    return int(found[1]), int(found[2])
 
 
 def serve(parser: argparse.ArgumentParser, build: Callable[[argparse.Namespace, Options], Server]) -> None:
     """Read the command line, build the server, and do what was asked: serve over stdio, or run one tool."""
-    for number, name in enumerate(("stdin", "stdout", "stderr")):
-        if getattr(sys, name) is None:  # closed: the next file that is opened would take its place
-            os.open(os.devnull, os.O_RDWR)
-            setattr(sys, name, open(number, "r+", closefd=False))  # noqa: SIM115 - for as long as the process lives
-    end_with_reader(True)
+    # Ctrl-C ends the process at once; Python's own handler would wait for the thread that reads stdin.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     args = parser.parse_args()
-    serve_http: Callable[[], None] | None = None
     try:
         if args.max_output < 0:
             raise ConfigError(f"--max-output {args.max_output} is less than 0; give a number of characters")
         server = build(args, Options(args.max_output, args.rate_limit, args.audit_log, args.verbose))
         if args.http is not None:
-            serve_http = prepare_http(server, args.http, args.allowed_host)
-        elif args.allowed_host:
-            raise ConfigError("--allowed-host is for --http only; leave it out, or add --http PORT")
-    except ConfigError as exc:
-        parser.error(str(exc))
-    # Ctrl-C ends the process at once; Python's own handler would wait for the thread that reads stdin.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    if args.list_tools:
-        anyio.run(print_tools, server)
-        return
-    end_with_reader(False)
-    if args.call:
-        sys.exit(anyio.run(call_once, parser, server, args.call))
-    elif serve_http:
-        serve_http()
-    else:
-        if sys.stdin.isatty():
-            greet(server, parser.prog)
-        anyio.run(serve_stdio, server)
+            import serving_http
 
-
-def prepare_http(server: Server, address: str, hosts: Sequence[str]) -> Callable[[], None]:
-    """Bind the address while a mistake can still be told in one line; what is returned serves. Raises ConfigError."""
-    try:
-        import serving_http
+            serving_http.serve(server, args.http, args.allowed_host)
+        elif args.list_tools:
+            anyio.run(list_tools, server)
+        elif args.call:
+            anyio.run(call_once, server, *args.call)
+        else:
+            if sys.stdin.isatty():
+                greet(server, parser.prog)
+            anyio.run(serve_stdio, server)
+    except BrokenPipeError:  # who reads what is printed, such as `head`, has had enough
+        os._exit(0)
     except ModuleNotFoundError as missing:
-        raise ConfigError(f"--http needs {missing.name}: copy serving_http.py beside this server") from None
-    return serving_http.prepare(server, address, hosts)
+        parser.error(f"{missing.name} is missing: copy {missing.name}.py into the directory of this server")
+    except (ConfigError, OSError) as exc:
+        parser.error(str(exc))
 
 
-def end_with_reader(on: bool) -> None:
-    """Whether the process ends, without a traceback, when whoever reads what it prints, such as `head`, has had enough.
-    Not while it serves: a client or an upstream that hangs up is an ordinary error then."""
-    if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL if on else signal.SIG_IGN)
-
-
-def greet(server: Server, prog: str) -> None:
-    """Tell a person who started the server on a terminal what it is waiting for."""
-    python = [sys.executable] if sys.argv[0].endswith(".py") else []
-    command, *words = started_by_uv() or [*python, os.path.abspath(sys.argv[0]), *sys.argv[1:]]
-    arguments = [os.path.abspath(word) if os.path.exists(word) else word for word in words]
-    entry: dict[str, Any] = {"command": command, "args": arguments}
-    if server.variables:
-        entry["env"] = dict.fromkeys(server.variables, "...")
-    name = re.sub(r"[^\w-]+", "-", f"{prog}-{server.label}").strip("-")
-    print(
-        f"{server.name} {__version__}: {server.instructions}\n\n"
-        f"It speaks MCP on stdin and stdout and is meant to be started by a client. For Claude Desktop, put this into"
-        f" claude_desktop_config.json:\n\n{json.dumps({'mcpServers': {name: entry}}, indent=2)}\n\n"
-        f"To try a tool without a client: --list-tools, then --call TOOL name=value. Waiting; Ctrl-C ends.",
-        file=sys.stderr,
-    )
-
-
-def started_by_uv() -> list[str]:
-    """`uv` or `uvx` and what they were given, if they started this process; else nothing. The Python and the script
-    that run now are in uv's cache then, and are gone after `uv cache prune`."""
-    with suppress(OSError):  # no such file, no such program: not a system on which this can be known
-        if "UV" in os.environ:
-            parent = Path(f"/proc/{os.getppid()}/cmdline")
-            if parent.exists():
-                words = os.fsdecode(parent.read_bytes()).rstrip("\0").split("\0")
-            else:
-                command = ["ps", "-ww", "-o", "args=", "-p", str(os.getppid())]
-                words = subprocess.run(command, capture_output=True, text=True, check=False).stdout.split()  # noqa: S603
-            if words[1:3] == ["tool", "uvx"]:  # what uvx becomes
-                return ["uvx", *words[3:]]
-            if Path(words[0]).stem in ("uv", "uvx"):
-                return [Path(words[0]).stem, *words[1:]]
-    return []
-
-
-async def print_tools(server: Server) -> None:
+async def list_tools(server: Server) -> None:
     """What `--list-tools` prints."""
     for tool in await server.list_tools():
-        required = tool.input_schema.get("required", [])
-        print(f"{tool.name}: {tool.description}")
+        print(f"{tool.name}: {tool.description}", flush=True)
         for name, schema in tool.input_schema["properties"].items():
-            default = "required" if name in required else f"default {json.dumps(schema.get('default'))}"
-            print(f"    {name} ({default}): {schema.get('description', '')}")
+            default = f"default {json.dumps(schema['default'])}" if "default" in schema else "required"
+            print(f"    {name} ({default}): {schema.get('description', '')}", flush=True)
 
 
-async def call_once(parser: argparse.ArgumentParser, server: Server, words: list[str]) -> int:
-    """Run one tool through an in-memory client and print the result; returns the exit code."""
+async def call_once(server: Server, tool: str, *pairs: str) -> None:
+    """Run one tool through an in-memory client and print the result; the exit code is 1 for an error."""
     from mcp import Client
 
-    tool, *pairs = words
     schemas = {t.name: t.input_schema["properties"] for t in await server.list_tools()}
     arguments: dict[str, Any] = {}
-    for pair in pairs:
-        name, separator, text = pair.partition("=")
-        if not separator:
-            parser.error(f"{pair!r} is not name=value; put other arguments before --call")
+    for name, _, text in (pair.partition("=") for pair in pairs):
         arguments[name] = text
         # Only a parameter that is text takes the words as they are; for the others they are JSON.
         if schemas.get(tool, {}).get(name, {}).get("type") != "string":
@@ -557,10 +387,32 @@ async def call_once(parser: argparse.ArgumentParser, server: Server, words: list
                 arguments[name] = json.loads(text)
     async with Client(server) as client:
         result = await client.call_tool(tool, arguments)
-    end_with_reader(True)
-    out = sys.stderr if result.is_error else sys.stdout
     for block in result.content:
-        text = block.text if isinstance(block, TextContent) else block.model_dump_json(exclude_none=True)
-        out.buffer.write(text.encode("utf-8", "backslashreplace") + b"\n")
-    out.flush()
-    return int(result.is_error)
+        print(getattr(block, "text", block), file=sys.stderr if result.is_error else sys.stdout, flush=True)
+    sys.exit(int(result.is_error))
+
+
+def greet(server: Server, prog: str) -> None:
+    """Tell a person who started the server on a terminal what it is waiting for."""
+    command, *words = command_line()
+    args = [os.path.abspath(word) if os.path.exists(word) else word for word in words]
+    entry = {"command": command, "args": args, "env": dict.fromkeys(server.variables, "...")}
+    name = re.sub(r"[^\w-]+", "-", f"{prog}-{server.label}").strip("-")
+    say = partial(print, file=sys.stderr)
+    say(f"{server.name} {__version__}: {server.instructions}\n\nFor Claude Desktop's claude_desktop_config.json:\n")
+    say(json.dumps({"mcpServers": {name: entry}}, indent=2))
+    say("\nTo try it without a client: --list-tools, --call TOOL name=value. Waiting for a client; Ctrl-C ends.")
+
+
+def command_line() -> list[str]:
+    """What starts this server again: under uv, `uv` or `uvx` and what they were given, because the Python and the
+    script that run now are in its cache then, and are gone after `uv cache prune`."""
+    if "UV" in os.environ and sys.platform != "win32":
+        try:
+            words = os.fsdecode(Path(f"/proc/{os.getppid()}/cmdline").read_bytes()).split("\0")[:-1]
+        except OSError:  # macOS
+            words = subprocess.getoutput(f"ps -ww -o args= -p {os.getppid()}").split()  # noqa: S605 - a number only
+        words = words[2:] if words[1:3] == ["tool", "uvx"] else words  # what uvx becomes
+        if Path(words[0]).stem in ("uv", "uvx"):
+            return [Path(words[0]).stem, *words[1:]]
+    return [sys.executable, *sys.argv] if sys.argv[0].endswith(".py") else sys.argv

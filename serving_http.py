@@ -17,7 +17,7 @@ import os
 import re
 import socket
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import anyio
@@ -65,9 +65,7 @@ def listen(host: str, port: int, *, public: bool) -> list[socket.socket]:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         # What is asked is where the name leads, not how it is spelt: 0, 127.1 and localhost are names as well.
         if not public and not all(ipaddress.ip_address(str(info[4][0])).is_loopback for info in found):
-            raise ConfigError(
-                f"others can reach {host}: set MCP_AUTH_TOKEN, or give no host to serve this machine only"
-            )
+            raise ConfigError(f"others can reach {host}: set MCP_AUTH_TOKEN, or give no host, only a port")
         for family, _, _, _, address in sorted(found, key=lambda info: info[0]):  # IPv4 first
             sockets.append(socket.create_server((str(address[0]), port), family=family))
             port = port or sockets[-1].getsockname()[1]
@@ -231,8 +229,8 @@ class HttpServer(uvicorn.Server):
 # ------------------------------------------------------------------------------------------------------- serving
 
 
-def prepare(server: "Server", address: str, hosts: Sequence[str]) -> Callable[[], None]:
-    """Bind [HOST:]PORT and say so; what is returned serves there, until the process ends. Raises ConfigError.
+def serve(server: "Server", address: str, hosts: Sequence[str]) -> None:
+    """Serve at [HOST:]PORT, until the process ends. Raises ConfigError.
 
     Clients may call the server by that host, by `hosts`, and by this machine's own names.
     """
@@ -245,7 +243,7 @@ def prepare(server: "Server", address: str, hosts: Sequence[str]) -> Callable[[]
     host = (given[1] or "127.0.0.1").lower()
     tokens = read_tokens(os.environ.get("MCP_AUTH_TOKEN"))
     sockets = listen(host.strip("[]"), int(given[2]), public=bool(tokens))
-    server.mask(tokens)
+    server.secrets = tokens
     name = "localhost" if host in ("0.0.0.0", "[::]") else host  # noqa: S104 - these are no names to call it by
     known = list(dict.fromkeys([name, *map(str.lower, hosts), "127.0.0.1", "localhost", "[::1]"]))
     url, how = f"http://{name}:{sockets[0].getsockname()[1]}", "with" if tokens else "without"
@@ -256,4 +254,4 @@ def prepare(server: "Server", address: str, hosts: Sequence[str]) -> Callable[[]
     # An access log would write down whatever a caller puts into a path; the audit log tells who did what.
     quiet: dict[str, Any] = {"log_level": "error", "access_log": False}
     config = uvicorn.Config(Gate(server, known, tokens), http=Connection, ws="none", **limits, **quiet)
-    return lambda: anyio.run(HttpServer(config).serve, sockets)
+    anyio.run(HttpServer(config).serve, sockets)

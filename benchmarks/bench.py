@@ -102,7 +102,7 @@ class Bench:
 
     def start(self) -> None:
         """Start, and the memory then; one server at a time, because processes share pages."""
-        for _ in range(2 if self.quick else 5):
+        for _ in range(2 if self.quick else 4):
             for name, command in self.commands.items():
                 with closing(Process(command)) as server:
                     self.note("start", name, server.ready * 1000)
@@ -114,7 +114,7 @@ class Bench:
 
     def small_calls(self) -> None:
         """Small calls, one after the other and 32 at a time, in bursts; the median of a burst is one figure."""
-        for turn in range(3 if self.quick else 20):
+        for turn in range(3 if self.quick else 16):
             for name, call in self.small.items():
                 spans: list[float] = []
                 for _ in range(50):
@@ -124,13 +124,13 @@ class Bench:
                 if turn:
                     self.note("small call", name, statistics.median(spans))
                     self.note("slowest of 50", name, max(spans))
-        for _ in range(2 if self.quick else 7):
+        for _ in range(2 if self.quick else 5):
             for name, call in self.small.items():
                 self.note("call, 32 at a time", name, self.servers[name].turnover(*call, 400))
 
     def read_files(self) -> None:
         """What the file servers do, next to find, grep and tail, and how it grows."""
-        for size, repeat in zip(TREES[: 2 if self.quick else 3], (9, 5, 3), strict=False):
+        for size, repeat in zip(TREES[: 2 if self.quick else 3], (9, 4, 3), strict=False):
             tree = f"{self.files}/{size}"
             names, text = {"path": tree, "pattern": "**/*.py"}, {"path": tree, "pattern": "needle_xyz"}
             calls = {"fs_server": ("search_files", names), "reference fs": ("search_files", names)}
@@ -151,7 +151,7 @@ class Bench:
     def read_rows(self) -> None:
         """Rows out of SQLite and PostgreSQL, and how it grows."""
         with closing(sqlite3.connect(self.database)) as connection:
-            for count, repeat in zip((10, *ROWS[: 3 if self.quick else 4]), (30, 15, 9, 5, 2), strict=False):
+            for count, repeat in zip((10, *ROWS[: 3 if self.quick else 4]), (30, 15, 9, 3, 1), strict=False):
                 sql = f"SELECT * FROM item LIMIT {count}"
                 ours: Call = ("query_database", {"query": sql, "limit": count})
                 calls = {"db_server": ours, "DBHub": ("execute_sql", {"sql": sql})}
@@ -176,7 +176,7 @@ class Bench:
             servers: dict[str, OverHttp] = {}
             for name in ("bare SDK", "bare serving.py", "fs_server", "db_server"):
                 servers[name] = stack.enter_context(closing(OverHttp(self.commands[name], *self.small[name])))
-            for turn in range(2 if self.quick else 4):
+            for turn in range(2 if self.quick else 3):
                 for clients in (1, 4, 16, 64):
                     for name, server in servers.items():
                         span = server.turnover(clients, 128)

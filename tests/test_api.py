@@ -139,7 +139,7 @@ BAD_ARGUMENTS: list[tuple[dict[str, Any], str]] = [
     ({"params": {"a": "x" * 9000}}, "8,000"), ({"params": {"a": "ü" * 1400}}, "8,000"),
     ({"params": {"a": [1] * 10**6}}, "8,000"), ({"params": {str(n): 1 for n in range(10**5)}}, "8,000"),
     ({"data": "x" * 1_000_001}, "1,000,000"), ({"data": {"a": "\ud800"}}, "data"), ({"params": "nonsense"}, "params"),
-    ({"offset": -1}, "offset"), ({"offset": "3"}, "offset"), ({"headers": {"X": "1"}}, "unknown argument: headers"),
+    ({"offset": -1}, "offset"), ({"offset": "3"}, "offset"), ({"headers": {"X": "1"}}, "headers: extra inputs"),
     ({"select": "items[*"}, "select"), ({"select": "[" * 400}, "select"), ({"api": "nope"}, "demo"),
 ]  # fmt: skip
 SENT: list[tuple[Any, str | None, str]] = [

@@ -111,7 +111,7 @@ REFUSED_STARTS: list[tuple[str, list[str], str | None, str]] = [
 def test_a_start_that_is_refused_says_why(address: str, hosts: list[str], token: str | None, told: str) -> None:
     given = {} if token is None else {"MCP_AUTH_TOKEN": token}
     with patch.dict(os.environ, given, clear=True), pytest.raises(ConfigError) as refused:
-        serving_http.prepare(serving.Server("name", "", serving.Options()), address, hosts)
+        serving_http.serve(serving.Server("name", "", serving.Options()), address, hosts)
     assert told in str(refused.value)
     assert "yyyy" not in str(refused.value)
 
