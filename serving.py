@@ -83,9 +83,9 @@ class Server(MCPServer[Any]):
     """An MCPServer whose tool calls and resource reads are all checked, bounded in time, and recorded; every failure
     reaches the model as one sentence. To be set by who builds it:
 
-    `redact` is applied to all text that leaves the server, and `secrets` are masked in it; `health` raises when what it
-    serves is gone. For the entry in a client's configuration, `label` tells it from others of its kind, and
-    `variables` are the environment variables without which it does not start.
+    `redact` is applied to all text that leaves the server, and `health` raises when what it serves is gone. For the
+    entry in a client's configuration, `label` tells it from others of its kind, and `variables` are the environment
+    variables without which it does not start.
     """
 
     def __init__(self, name: str, instructions: str, options: Options, lifespan: Any = None) -> None:
@@ -95,7 +95,6 @@ class Server(MCPServer[Any]):
         self.middleware[:] = [m for m in self.middleware if type(m).__name__ != "OpenTelemetryMiddleware"]
         self.options = options
         self.redact: Callable[[str], str] = str
-        self.secrets: Sequence[str] = ()
         self.health: Callable[[], Awaitable[object]] | None = None
         self.label = ""
         self.variables: Sequence[str] = ()
@@ -172,8 +171,6 @@ class Server(MCPServer[Any]):
     def _clean_text(self, text: str) -> str:
         """Text that may leave: secrets masked, and no lone surrogate, which cannot be sent."""
         text = self.redact(text)
-        for secret in self.secrets:
-            text = text.replace(secret, "***")
         return text.encode("utf-8", "backslashreplace").decode()
 
     def _clean(self, result: CallToolResult) -> int:
@@ -353,6 +350,8 @@ def serve(parser: argparse.ArgumentParser, build: Callable[[argparse.Namespace, 
         elif args.call:
             anyio.run(call_once, server, *args.call)
         else:
+            if None in (sys.stdin, sys.stdout):
+                raise ConfigError("stdin or stdout is closed; let a client start this server, or add --http PORT")
             if sys.stdin.isatty():
                 greet(server, parser.prog)
             anyio.run(serve_stdio, server)

@@ -243,7 +243,9 @@ def serve(server: "Server", address: str, hosts: Sequence[str]) -> None:
     host = (given[1] or "127.0.0.1").lower()
     tokens = read_tokens(os.environ.get("MCP_AUTH_TOKEN"))
     sockets = listen(host.strip("[]"), int(given[2]), public=bool(tokens))
-    server.secrets = tokens
+    if tokens:  # a caller's token must not come back in what another one is told, nor stand in the audit log
+        secret, redact = re.compile("|".join(map(re.escape, tokens))), server.redact
+        server.redact = lambda text: secret.sub("***", redact(text))
     name = "localhost" if host in ("0.0.0.0", "[::]") else host  # noqa: S104 - these are no names to call it by
     known = list(dict.fromkeys([name, *map(str.lower, hosts), "127.0.0.1", "localhost", "[::1]"]))
     url, how = f"http://{name}:{sockets[0].getsockname()[1]}", "with" if tokens else "without"

@@ -50,9 +50,8 @@ async def test_every_mistake_is_one_sentence_that_says_what_to_do(caplog: pytest
 
 async def test_everything_that_leaves_is_redacted() -> None:
     server = build_server()
-    server.secrets = ["first-token", "second-token"]
     async with Client(server) as client:
-        assert await ok(client, "say_again", text="hunter2, first-token, second-token") == "***, ***, ***"
+        assert await ok(client, "say_again", text="my hunter2") == "my ***"
         result = await client.call_tool("count", {})
         assert text_of(result) == '{"characters":7,"text":"***"}'  # compact JSON, the same as the structured content
         assert result.structured_content == {"characters": 7, "text": "***"}
