@@ -143,19 +143,18 @@ class TokenBucket:
 
 
 class Entry(NamedTuple, Generic[V]):
-    """One cached value: its size in bytes, and when it was stored and expires on the cache's timer."""
+    """One cached value: its size in bytes, and when it expires on the cache's timer."""
 
     value: V
     size: int
-    stored: float
     expires: float
 
 
 class TTLCache(Generic[K, V]):
     """A cache with at most `maxsize` entries and `max_bytes` bytes, each fresh for `ttl` seconds after it was put.
 
-    The least recently used entry goes first. An entry is expired from the very instant `stored + ttl` on; it stays
-    readable through `peek` (for revalidation) until it is evicted, replaced or discarded.
+    The least recently used entry goes first. An entry is expired from the very instant on when `ttl` seconds are over,
+    and is removed when somebody asks for it, or when its room is needed.
     """
 
     def __init__(self, maxsize: int, ttl: float, *, max_bytes: float = math.inf, timer: Timer = time.monotonic) -> None:
@@ -170,21 +169,16 @@ class TTLCache(Generic[K, V]):
         """The fresh value, or None."""
         entry = self._entries.get(key)
         if entry is None or self.timer() >= entry.expires:
-            return None
-        self._entries[key] = self._entries.pop(key)
+            return self.discard(key)
+        self._entries[key] = self._entries.pop(key)  # now the youngest
         return entry.value
-
-    def peek(self, key: K) -> Entry[V] | None:
-        """The entry as it is stored, expired or not; to look at it is no use of it."""
-        return self._entries.get(key)
 
     def put(self, key: K, value: V, *, ttl: float | None = None, size: int = 0) -> None:
         """Store a value of `size` bytes; one that is larger than the whole cache is not kept."""
         self.discard(key)
         if size > self.max_bytes:
             return
-        now = self.timer()
-        self._entries[key] = Entry(value, size, now, now + (self.ttl if ttl is None else ttl))
+        self._entries[key] = Entry(value, size, self.timer() + (self.ttl if ttl is None else ttl))
         self.currsize += size
         while len(self._entries) > self.maxsize or self.currsize > self.max_bytes:
             self.discard(next(iter(self._entries)))
