@@ -16,6 +16,7 @@ from typing import Any
 from urllib.parse import quote
 
 import anyio
+import anyio.to_process
 import pytest
 from conftest import PROJECT, Stdio, ok, refused
 from mcp import Client, MCPError
@@ -159,8 +160,8 @@ async def test_every_hostile_statement_is_an_error_changes_nothing_and_holds_no_
             assert await rows(client, "SELECT count(*), min(name) FROM customers") == [[3, "Ada"]], sql
             assert snapshot(file.parent) == before, sql
         for sql, message in {
-            "INSERT INTO odd VALUES (1)": "this server only reads: INSERT odd is refused",
-            "PRAGMA query_only = 0": "this server only reads: PRAGMA query_only is refused",
+            "INSERT INTO odd VALUES (1)": "this server only reads (not authorized); write a SELECT",
+            "SELECT load_extension('x')": "this server only reads (not authorized to use function: load_extension)",
             "SELECT abs(-9223372036854775808)": "integer overflow",
         }.items():
             assert (await refused(client, "query_database", query=sql)).startswith(message)
@@ -197,13 +198,12 @@ ERRORS: list[tuple[str, Any, str]] = [
     ("SELECT ?", {"a": 1}, "Binding 1 has no name"), ("SELECT ?", [[1]], "Error binding parameter 1: type 'list'"),
     ("SELECT ?", [2**63], "Python int too large"), ("SELECT ?", ["\ud800"], "'utf-8' codec can't encode"),
     ("SELECT ?", "x", "params"), ("SELECT 1\0", None, "the query contains a null character"),
-    ("", None, "the statement returns no rows"), ("SELECT ?", ["x" * 3_000_000], "statement and params take 30000"),
-    ("SELECT ?", list(range(100_000)), "100000 parameters are more than 32766; pass fewer"),
+    ("", None, "the statement is empty"), ("SELECT ?", list(range(100_000)), "Incorrect number of bindings"),
     ("SELECT nmae FROM customers", None, "no such column: nmae; did you mean name?"),
-    ("SELECT zzz FROM customers", None, "no such column: zzz; describe_table shows the columns"),
+    ("SELECT zzz FROM customers", None, "no such column: zzz; list_tables and describe_table show what there is"),
     ("SELECT * FROM customer", None, "no such table: customer; did you mean customers?"),
-    ("SELECT * FROM other.customers", None, "no such table: other.customers; the schemas are main"),
-    ("SELECT * FROM xyzzy", None, "no such table: xyzzy; the tables are big_orders, broken, broken_2, broken_3, cu"),
+    ("SELECT * FROM other.customers", None, "no such table: other.customers; did you mean customers?"),
+    ("SELECT * FROM xyzzy", None, "no such table: xyzzy; list_tables and describe_table show what there is"),
     ("SELECT lenght('a')", None, "no such function: lenght; correct the statement"),
     ("SELECT * FORM customers", None, 'near "FORM": syntax error; correct the statement'),
 ]
@@ -236,7 +236,7 @@ async def test_explain_works_as_a_statement_and_as_a_tool(shared: Client) -> Non
 
 def test_a_connection_for_the_model_has_all_layers(tmp_path: Path) -> None:
     path = make(tmp_path / "t.db", "CREATE TABLE t (a)")
-    connection, _ = open_read_only(tuple(name_schemas([path])))
+    connection = open_read_only(name_schemas([path]))
     with closing(connection):
         with pytest.raises(sqlite3.DatabaseError, match="not authorized"):
             connection.execute("PRAGMA query_only = OFF")
@@ -334,6 +334,7 @@ async def test_a_worker_that_is_cancelled_dies_or_runs_out_of_memory_is_replaced
                 await anyio.sleep(seconds)
                 group.cancel_scope.cancel()
         assert await rows(client, "SELECT 1") == await rows(other, "SELECT 1") == [[1]]
+        assert not await anyio.to_process.run_sync(eval, "'serving' in __import__('sys').modules")  # it starts fast
         workers = children()
         assert len(workers) <= 6  # idle ones
         for worker in workers:
@@ -353,8 +354,7 @@ async def test_rows_come_one_a_line_and_the_cap_is_exact(shared: Client) -> None
         assert text.endswith("[rows 1-2 shown; continue with offset=2]") is truncated
     text = await ok(shared, "query_database", query=sql, limit=2, offset=2)
     assert text == '{"columns": ["id"], "rows": [\n[1]\n], "row_count": 1, "truncated": false}'
-    error = await refused(shared, "query_database", query=sql, offset=4)
-    assert error == "offset=4 is past the end: the query has 3 rows; use a smaller offset"
+    assert not await rows(shared, sql, offset=4)
     text = await ok(shared, "query_database", query="SELECT replace(hex(zeroblob(6000)), '0', 'é') AS long, 1")
     assert parsed(text)["rows"][0][0] == "é" * 10_000 + "… (cut: 10000 of 12000 characters)"
     assert text.endswith("\n[1 cells cut, substr(column, start, length) reads on in one]")
@@ -432,15 +432,12 @@ async def test_results_stay_within_their_budget_and_pages_can_be_put_together(tm
     async with served(path, max_output=2_000) as client:
         found = await pages(client, "list_tables", "tables", 2_000)
         assert [table["name"] for table in found] == [*(f"table_{i:04}" for i in range(300)), "v", "wide"]
-        assert "past the end" in await refused(client, "list_tables", offset=302)
-        error = await refused(client, "query_database", query="SELECT * FROM xyzzy")
-        assert error.endswith("table_0019 and 282 more (list_tables shows them)")
-        for table, part, total in (("wide", "columns", 1_900), ("table_0000", "indexes", 100)):
-            text = await ok(client, "describe_table", table=table)
-            assert len(text) <= 2_000
-            shown = len(json.loads(text)[part])
-            assert 1 < shown < total
-            assert f"{part} 1-{shown} of {total}" in json.loads(text)["note"]
+        more = "the result has more than 2000 characters; "
+        error = await refused(client, "describe_table", table="wide")
+        assert error == f"{more}query pragma_table_xinfo('wide', 'main') for the columns"
+        assert await refused(client, "explain_query", query=plan) == f"{more}explain a part of the statement"
+        with pytest.raises(MCPError, match=r"query substr\(sql, start, length\) of sqlite_master"):
+            await resource(client, "schema://main/v")
         sql = f"{COUNT.format(500)} SELECT n, hex(zeroblob(n % 50)) FROM c"
         found = await pages(client, "query_database", "rows", 2_000, query=sql, limit=1000)
         assert [row[0] for row in found] == list(range(1, 501))
@@ -449,10 +446,6 @@ async def test_results_stay_within_their_budget_and_pages_can_be_put_together(tm
         for columns in (["hex(zeroblob(9000))"] * 9, [repr("x" * 40)] * 2_000):
             error = await refused(client, "query_database", query=f"SELECT {','.join(columns)}")
             assert error == "one row alone is too long; name fewer columns, or read parts with substr(column, 1, 1000)"
-        text = await ok(client, "explain_query", query=plan)
-        assert re.search(r"\n\[characters 1-\d+ of \d+ shown, for the rest explain a part of the statement\]$", text)
-        create = await resource(client, "schema://main/v")
-        assert create.endswith("query substr(sql, start, length) of sqlite_master]")
     async with served(path, max_output=0) as client:
         sql = f"{COUNT.format(100_000)} SELECT n, 'name' || n FROM c"
         assert await rows(client, sql, limit=100_000) == [[n, f"name{n}"] for n in range(1, 100_001)]
@@ -468,7 +461,7 @@ async def test_create_statements_are_resources_that_count_as_calls(file: Path, t
         assert [text[:7] for text in texts.values()] == ["CREATE "] * 8
         assert f"schema://main/{quote(name, safe='')}" in texts
         assert "CREATE INDEX orders_by_customer" in texts["schema://main/orders"]
-        for uri, message in (("main/custmers", "did you mean customers"), ("x/orders", "the schemas are")):
+        for uri, message in (("main/custmers", "did you mean customers"), ("x/orders", "did you mean orders")):
             with pytest.raises(MCPError, match=message):
                 await resource(client, f"schema://{uri}")
         with pytest.raises(MCPError, match="rate limit reached"):
@@ -479,18 +472,18 @@ async def test_create_statements_are_resources_that_count_as_calls(file: Path, t
 
 async def test_several_files_are_schemas_named_after_the_files(tmp_path: Path) -> None:
     (tmp_path / "current.db").symlink_to("one/shop.db")  # it goes by the name it was given
-    names = ["current.db", "one/shop.db", "one/hr.sqlite", "two/shop.db", "two/my-data 2.db"]
+    names = ["current.db", "one/shop.db", "one/hr.sqlite", "two/shop.db", "two/my-data 2.db", "order.db"]
     files = [make(tmp_path / n, f"CREATE TABLE t (a); INSERT INTO t VALUES ('{n}')") for n in names[1:]]
     make(files[1], 'CREATE TABLE staff (a); CREATE VIEW "x.y" AS SELECT 1')
     async with served(tmp_path / names[0], *files) as client:
-        expected = dict(zip(["shop", "hr", "shop_2", "my_data_2"], names[1:], strict=True))
+        expected = dict(zip(["shop", "hr", "shop_2", "my_data_2", "order"], names[1:], strict=True))
         assert json.loads(await ok(client, "list_tables", schema="hr"))["schemas"] == ["main", "current", *expected]
         for schema, name in {"main": names[1], "current": names[1], **expected}.items():
-            assert await rows(client, f"SELECT a FROM {schema}.t") == [[name]]
+            assert await rows(client, f'SELECT a FROM "{schema}".t') == [[name]]
             assert (await ok(client, "describe_table", table="t", schema=schema)).count(name) == 1
         for table in ("staff", "shop.staf"):  # a table of another file is found by the name that an error suggests
             error = await refused(client, "describe_table", table=table)
-            assert error == f"no such table: {table}; did you mean hr.staff?"
+            assert error == f"no such table: main.{table}; did you mean hr.staff?"
         for arguments in ({"table": "HR.Staff"}, {"table": "staff", "schema": "hr"}, {"table": "x.y", "schema": "hr"}):
             assert json.loads(await ok(client, "describe_table", **arguments))["schema"] == "hr"
         assert "CREATE TABLE staff" in await resource(client, "schema://main/hr.staff")
