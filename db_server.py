@@ -58,7 +58,7 @@ TIMEOUT = 5.0  # seconds for one statement, unless --timeout says otherwise
 GRACE = 0.5  # seconds more until its process ends: the SQL was inside one C function and did not see the limit
 SAMPLE_TIME = 1.0  # seconds for the sample rows of describe_table: a view may be slow, its description is not
 BUSY_TIME = 2.0  # seconds to wait for a file that another program has locked
-CALL_TIME = 27.5  # seconds of a call, its turn in the queue included; a worker may have to start, and 30 are the end
+CALL_TIME = 26.5  # seconds of a call, its turn in the queue included; a worker may have to start, and 30 are the end
 MAX_CELL = 10_000  # characters of one cell: a quarter of a result
 MAX_NAME = 1_000  # characters of a name or an error: a column without AS is named by its whole expression
 MAX_RESULT = 64 * 2**20  # characters of a result when --max-output sets no limit: the server's memory has one
@@ -450,16 +450,16 @@ DESCRIBE = {  # SQL for each part of a Description of table ?1 in schema ?2; a r
 def describe(connection: sqlite3.Connection, schema: str, table: str, max_output: int) -> Description:
     """What `describe_table` answers."""
     schema, table, kind = find_table(in_attached(connection, OBJECTS), schema, table)
-    found: Description = {"table": table, "schema": schema, "type": kind, "note": "", "sample_rows": []}
+    found: Description = {"table": table, "schema": schema, "type": kind}
     for part, sql in DESCRIBE.items():
         found[part] = [json.loads(row[0]) for row in connection.execute(sql, (table, schema))]
     connection.set_progress_handler(*stop_after(SAMPLE_TIME))  # a slow view must not hide its columns
     connection.text_factory = partial(read_text, SAMPLE_CELL)
     try:
         rows = connection.execute(f"SELECT * FROM {quoted(schema)}.{quoted(table)} LIMIT 3")
-        found["sample_rows"] = [json.loads(json_line(row)) for row in rows]
+        found |= {"sample_rows": [json.loads(json_line(row)) for row in rows], "note": ""}
     except FAILED:
-        found["note"] = f"no sample rows: they took over {SAMPLE_TIME:g} s, or one is too large; query single columns"
+        found |= {"sample_rows": [], "note": f"no sample rows in {SAMPLE_TIME:g} s, or too large; query single columns"}
     return whole(found, max_output, f"query pragma_table_xinfo('{table}', '{schema}') for the columns")
 
 

@@ -33,7 +33,6 @@ import os
 import re
 import signal
 import stat
-import subprocess
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
@@ -164,6 +163,8 @@ class Server(MCPServer[Any]):
                 for e in exc.__cause__.errors()
             ]
             return f"{'; '.join(problems)}; {name} takes {', '.join(tool.parameters['properties']) or 'no arguments'}"
+        if str(exc) == f"Unknown tool: {name}":
+            return f"unknown tool: {name}; this server has {', '.join(t.name for t in self._tool_manager.list_tools())}"
         # Of an unexpected exception, the SDK says no more than its prefix, and logs the rest.
         message = str(exc).removeprefix(f"Error executing tool {name}").removeprefix(": ")
         return message or f"{name} failed inside the server; the reason is in the server's log, try other arguments"
@@ -410,7 +411,7 @@ def command_line() -> list[str]:
         try:
             words = os.fsdecode(Path(f"/proc/{os.getppid()}/cmdline").read_bytes()).split("\0")[:-1]
         except OSError:  # macOS
-            words = subprocess.getoutput(f"ps -ww -o args= -p {os.getppid()}").split()  # noqa: S605 - a number only
+            words = os.popen(f"ps -ww -o args= -p {os.getppid()}").read().split()  # noqa: S605 - a number only
         words = words[2:] if words[1:3] == ["tool", "uvx"] else words  # what uvx becomes
         if Path(words[0]).stem in ("uv", "uvx"):
             return [Path(words[0]).stem, *words[1:]]

@@ -306,7 +306,7 @@ async def test_while_slow_statements_queue_for_their_turn_the_schema_is_told_at_
         assert not errors
     queued = [error for error in errors if "limit of 25 s" not in error]
     assert 5 <= len(queued) <= 8
-    assert all("queued" in error for error in queued)
+    assert all("queued" in error for error in queued), queued
     assert any("not begun" in error for error in queued)
 
 

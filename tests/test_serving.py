@@ -32,7 +32,7 @@ Start = Callable[..., Stdio]
 REFUSED = {
     "say_again text=a tiems=2": "tiems: extra inputs are not permitted (got '2'); say_again takes text, times",
     "fail x=1": "x: extra inputs are not permitted (got '1'); fail takes no arguments",
-    "say": "Unknown tool: say",
+    "say": "unknown tool: say; this server has say_again, crash, fail, count, take",
     "say_again times=3": "text: field required (got {'times': '3'}); times: input should be a valid integer (got '3');"
     " say_again takes text, times",
     "fail": "this is wrong: ***; do that",
