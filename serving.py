@@ -33,6 +33,7 @@ import os
 import re
 import signal
 import stat
+import subprocess
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
@@ -398,10 +399,9 @@ def greet(server: Server, prog: str) -> None:
     args = [os.path.abspath(word) if os.path.exists(word) else word for word in words]
     entry = {"command": command, "args": args, "env": dict.fromkeys(server.variables, "...")}
     name = re.sub(r"[^\w-]+", "-", f"{prog}-{server.label}").strip("-")
-    say = partial(print, file=sys.stderr)
-    say(f"{server.name} {__version__}: {server.instructions}\n\nFor Claude Desktop's claude_desktop_config.json:\n")
-    say(json.dumps({"mcpServers": {name: entry}}, indent=2))
-    say("\nTo try it without a client: --list-tools, --call TOOL name=value. Waiting for a client; Ctrl-C ends.")
+    print(f"{server.name} {__version__}: {server.instructions}\n\nFor claude_desktop_config.json:\n", file=sys.stderr)
+    print(json.dumps({"mcpServers": {name: entry}}, indent=2), file=sys.stderr)
+    print("\nTo try it without a client: --list-tools, --call TOOL name=value. Waiting; Ctrl-C ends.", file=sys.stderr)
 
 
 def command_line() -> list[str]:
@@ -411,7 +411,7 @@ def command_line() -> list[str]:
         try:
             words = os.fsdecode(Path(f"/proc/{os.getppid()}/cmdline").read_bytes()).split("\0")[:-1]
         except OSError:  # macOS
-            words = os.popen(f"ps -ww -o args= -p {os.getppid()}").read().split()  # noqa: S605 - a number only
+            words = subprocess.getoutput(f"ps -ww -o args= -p {os.getppid()}").split()  # noqa: S605 - a number only
         words = words[2:] if words[1:3] == ["tool", "uvx"] else words  # what uvx becomes
         if Path(words[0]).stem in ("uv", "uvx"):
             return [Path(words[0]).stem, *words[1:]]
