@@ -265,12 +265,11 @@ def uri(path: str) -> str:
     return f"{Path(path).as_uri()}?mode=ro"
 
 
-def open_files(files: Paths, busy_time: float = BUSY_TIME) -> sqlite3.Connection:
+def open_files(files: Paths) -> sqlite3.Connection:
     """Layer 1: a connection to files that are opened to be read."""
-    connection = sqlite3.connect(uri(files[0][1]), uri=True, isolation_level=None, timeout=busy_time)
+    connection = sqlite3.connect(uri(files[0][1]), uri=True, isolation_level=None, timeout=BUSY_TIME)
     for schema, path in files[1:]:
         connection.execute("ATTACH ? AS ?", (uri(path), schema))
-    connection.execute("SELECT 1 FROM sqlite_master").fetchone()  # opening reads nothing; this does
     return connection
 
 
@@ -643,7 +642,8 @@ def check_file(path: str) -> None:
     if not os.path.isfile(path):  # opening a FIFO would wait for ever; nothing is created by a typo
         raise ConfigError(f"{path} is not there, or is no regular file; name an SQLite file")
     try:
-        open_files([("main", path)], busy_time=0).close()
+        with closing(sqlite3.connect(uri(path), uri=True, timeout=0)) as connection:
+            connection.execute("SELECT 1 FROM sqlite_master").fetchone()  # opening reads nothing; this does
     except sqlite3.Error as exc:
         if exc.sqlite_errorname != "SQLITE_BUSY":  # locked just now is no reason not to start
             raise ConfigError(f"{path} cannot be served: {message_for(exc)}") from None
