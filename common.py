@@ -18,7 +18,7 @@ import stat
 import time
 from collections.abc import Awaitable, Callable, Generator, Iterable, Sequence, Sized
 from contextlib import contextmanager
-from itertools import chain, islice
+from itertools import islice, product
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -341,14 +341,17 @@ class Sandbox:
             raise ToolError(f"the path is empty, over {MAX_PATH} characters or has a NUL byte; give another")
         home = untrusted.split("/")[0] == "~"  # a directory of that name is ./~
         spellings = [os.path.expanduser(untrusted)] if home else dict.fromkeys([untrusted, unprintable(untrusted)])
-        places = [self._locate(root, spelling, shown, follow_last) for spelling in spellings for root in self.roots]
-        inside = [place for place in places if place]
+        inside: list[Located] = []
+        for spelling, root in product(spellings, self.roots):
+            if found := self._locate(root, spelling, shown, follow_last):
+                if os.path.lexists(found.absolute):
+                    return found
+                inside.append(found)
         if not inside:  # the same words whether or not anything is there: an error must not tell what exists outside
             raise ToolError(f"{shown} is outside the allowed directories; list_allowed_directories names them")
-        there = (found for found in inside if os.path.lexists(found.absolute))
         # What does not exist yet belongs where its directory is.
         at_home = (found for found in inside if os.path.isdir(os.path.dirname(found.absolute)))
-        return next(chain(there, at_home, inside))
+        return next(at_home, inside[0])
 
     def _locate(self, root: Directory, spelling: str, shown: str, follow_last: bool) -> Located | None:
         base = root.path.rstrip(os.sep)
