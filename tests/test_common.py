@@ -166,14 +166,14 @@ def test_an_escape_cannot_smuggle_dots_slashes_or_nul() -> None:
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     """An allowed directory with a sibling whose name begins with its name."""
-    for name in ("root/dir", "root_evil"):
+    for name in ("top/dir", "top_evil"):
         (tmp_path / name).mkdir(parents=True)
-    (tmp_path / "root" / "a.txt").write_text("inside")
-    (tmp_path / "root_evil" / "a.txt").write_text("outside")
-    links = {"inner": "dir/../a.txt", "outer": "../root_evil/a.txt", "up": "..", "dangling": "dir/nothing"}
+    (tmp_path / "top" / "a.txt").write_text("inside")
+    (tmp_path / "top_evil" / "a.txt").write_text("outside")
+    links = {"inner": "dir/../a.txt", "outer": "../top_evil/a.txt", "up": "..", "dangling": "dir/nothing"}
     for name, target in links.items():
-        (tmp_path / "root" / name).symlink_to(target)
-    return tmp_path / "root"
+        (tmp_path / "top" / name).symlink_to(target)
+    return tmp_path / "top"
 
 
 def read(sandbox: Sandbox, path: str) -> bytes:
@@ -181,10 +181,10 @@ def read(sandbox: Sandbox, path: str) -> bytes:
         return file.read()
 
 
-INSIDE = "a.txt ./a.txt dir/../a.txt inner up/root/a.txt dir//..//a.txt"
-OUTSIDE = "/ /etc .. ../root_evil/a.txt ../rootx dir/../../root_evil/a.txt outer up up/root_evil/a.txt"
+INSIDE = "a.txt ./a.txt dir/../a.txt inner up/top/a.txt dir//..//a.txt"
+OUTSIDE = "/ /etc .. ../top_evil/a.txt ../topx dir/../../top_evil/a.txt outer up up/top_evil/a.txt"
 MISSING_OUTSIDE = " /no/such ../no/such ~ ~/x"  # told in the same words: nobody learns what there is outside
-LIKE_ANY_OTHER = r"~root/.bashrc \x2e\x2e/root_evil/a.txt %2e%2e/root_evil/a.txt ..."  # they only look like a way out
+LIKE_ANY_OTHER = r"~root/.bashrc \x2e\x2e/top_evil/a.txt %2e%2e/top_evil/a.txt ..."  # they only look like a way out
 PATHS = [
     *((path, "inside") for path in INSIDE.split()),
     *(
@@ -227,19 +227,19 @@ def test_a_symlink_that_comes_after_the_look_is_not_followed(root: Path, swap: s
     located = sandbox.resolve("dir/a.txt")
     if swap == "the file":
         (root / "dir" / "a.txt").unlink()
-        (root / "dir" / "a.txt").symlink_to("../../root_evil/a.txt")
+        (root / "dir" / "a.txt").symlink_to("../../top_evil/a.txt")
     else:
         (root / "dir").rename(root / "old")
-        (root / "dir").symlink_to("../root_evil")
+        (root / "dir").symlink_to("../top_evil")
     with pytest.raises(ToolError):
         sandbox.reach(located, Directory.open)
 
 
 def test_the_first_root_that_has_it_is_meant_and_a_new_name_goes_where_its_directory_is(root: Path) -> None:
-    sandbox = Sandbox([root, root.parent / "root_evil"])
+    sandbox = Sandbox([root, root.parent / "top_evil"])
     assert read(sandbox, "a.txt") == b"inside"
-    (root.parent / "root_evil" / "only").mkdir()
-    assert sandbox.resolve("only/new.txt").absolute == str(root.parent / "root_evil" / "only" / "new.txt")
+    (root.parent / "top_evil" / "only").mkdir()
+    assert sandbox.resolve("only/new.txt").absolute == str(root.parent / "top_evil" / "only" / "new.txt")
     assert sandbox.resolve("new.txt").absolute == str(root / "new.txt")
 
 
@@ -287,10 +287,10 @@ def test_the_sandbox_works_where_the_platform_has_no_dir_fd(root: Path, monkeypa
     assert sandbox.reach(sandbox.resolve("dir", follow_last=False), Directory.stat).st_mode & 0o40000
     located = sandbox.resolve("a.txt")
     (root / "a.txt").unlink()
-    (root / "a.txt").symlink_to("../root_evil/a.txt")
+    (root / "a.txt").symlink_to("../top_evil/a.txt")
     with pytest.raises(ToolError, match="symbolic links"):
         sandbox.reach(located, Directory.open)
     (root / "dir").rmdir()
-    (root / "dir").symlink_to("../root_evil")
+    (root / "dir").symlink_to("../top_evil")
     with pytest.raises(NotADirectoryError):
         here.enter("dir")

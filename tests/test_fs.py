@@ -30,13 +30,13 @@ Start = Callable[..., Stdio]
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     """An allowed directory with a secret next to it, and links that lead there."""
-    root = tmp_path / "root"
+    root = tmp_path / "top"
     (root / "sub" / "deeper").mkdir(parents=True)
     (root / "note.txt").write_text("one\ntwo\nthree\n")
     (root / "sub" / "code.py").write_text("import os\nprint('hello')\n")
     (root / "sub" / "deeper" / "data.json").write_text('{"a": 1}')
-    (tmp_path / "root_evil").mkdir()
-    for name in ("secret.txt", "root_evil/secret.txt"):
+    (tmp_path / "top_evil").mkdir()
+    for name in ("secret.txt", "top_evil/secret.txt"):
         (tmp_path / name).write_text(SECRET)
     return root
 
@@ -66,12 +66,12 @@ async def paths_in(client: Client, **arguments: Any) -> list[str]:
     return [json.loads(line)["path"] for line in text.split("\n") if line.startswith("{")]
 
 
-# {out} is the directory that holds the allowed one.
+# {out} is the directory that holds the allowed one, {proc} a link of the system's to its own root.
 ESCAPES = (
     "../secret.txt sub/../../secret.txt missing/../../secret.txt note.txt/../../secret.txt {out}/secret.txt"
-    " {out}/root/../secret.txt {out}/root_evil/secret.txt ../root_evil/secret.txt /etc/passwd / .. //etc/passwd"
+    " {out}/top/../secret.txt {out}/top_evil/secret.txt ../top_evil/secret.txt /etc/passwd / .. //etc/passwd"
     " link_file link_dir/secret.txt link_absolute link_chain link_missing /proc/self/environ"
-    " /proc/self/root/etc/passwd ~/../../etc/passwd"
+    " {proc}/etc/passwd ~/../../etc/passwd"
 ).split()
 # These are just names, and there is no such file.
 NAMES_ONLY = (
@@ -92,7 +92,9 @@ async def test_no_path_leads_outside_and_nothing_is_changed(root: Path, tool: st
     before = [(str(path), path.lstat()[:2], path.lstat().st_mtime_ns) for path in root.parent.rglob("*")]
     async with client_for(root) as client:
         for path in ESCAPES:
-            message = await refused(client, tool, path=path.format(out=root.parent), **TOOLS[tool])
+            message = await refused(
+                client, tool, path=path.format(out=root.parent, proc="/proc/self/root"), **TOOLS[tool]
+            )
             assert "is outside the allowed directories; list_allowed_directories names them" in message
             assert SECRET not in message
         result = (await client.call_tool(tool, {"path": ".", **TOOLS[tool]})).content[0].model_dump_json()
@@ -120,7 +122,7 @@ async def test_a_tilde_and_links_that_stay_inside_work(root: Path, monkeypatch: 
         assert "outside" in await refused(client, "read_file", path="~/../secret.txt")
     async with client_for(root / "sub") as client:
         assert "outside" in await refused(client, "read_file", path="~/note.txt")
-    links = {"a.txt": "note.txt", "a": "sub", "sub/b.txt": "../note.txt", "c.txt": "../root/note.txt"}
+    links = {"a.txt": "note.txt", "a": "sub", "sub/b.txt": "../note.txt", "c.txt": "../top/note.txt"}
     for link, target in {**links, "loop": "pool", "pool": "loop", "self": "self"}.items():
         (root / link).symlink_to(target)
     (root.parent / "alias").symlink_to(root)
@@ -534,7 +536,7 @@ while True:
 
 @pytest.mark.slow
 def test_nothing_leaks_while_another_process_swaps_directories_for_symlinks(tmp_path: Path, stdio: Start) -> None:
-    root, outside = tmp_path / "root", tmp_path / "outside"
+    root, outside = tmp_path / "top", tmp_path / "outside"
     for top, name, text in ((root / "dir", "in.txt", "inside"), (outside, "OUT.txt", "OUTSIDE")):
         (top / "inner").mkdir(parents=True)
         for file in ("secret.txt", "inner/secret.txt", f"inner/{name}"):
