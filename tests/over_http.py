@@ -7,14 +7,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Generator
+from contextlib import closing, contextmanager, suppress
 from http.client import HTTPResponse
 from pathlib import Path
 from socket import create_connection, socket
 from typing import Any
 
 import httpx
+from conftest import PROJECT
 
 TOKEN = "first-token-0123456789abcdefghijklmnop"
 OTHER_TOKEN = "second.token~0123456789+abcdefghijklm=="
@@ -37,19 +38,16 @@ def request(method: str, modern: bool = False, **params: Any) -> tuple[dict[str,
 
 
 class Http:
-    """The server that waits, as a real process on a port of its own."""
+    """A server as a real process on a port of its own; `words` are its file and what that is given."""
 
-    def __init__(
-        self, directory: Path, *options: str, token: str | None = None, address: str = "0", files: int = 1024
-    ) -> None:
+    def __init__(self, *words: str, token: str | None = None, address: str = "0", files: int = 1024) -> None:
         env = {name: value for name, value in os.environ.items() if name != "MCP_AUTH_TOKEN"}
         if token is not None:
             env["MCP_AUTH_TOKEN"] = token
-        self.directory = directory
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed in close()
-        command = [sys.executable, WAITING_SERVER, str(directory), *options, "--http", address]
+        command = [sys.executable, *words, "--http", address]
         limited = ["sh", "-c", f'ulimit -n {files} && exec "$0" "$@"', *command]
-        self.process = subprocess.Popen(limited, stdin=subprocess.DEVNULL, stderr=self.errors, env=env)
+        self.process = subprocess.Popen(limited, cwd=PROJECT, stdin=subprocess.DEVNULL, stderr=self.errors, env=env)
         until(lambda: "/mcp" in self.log() or self.process.poll() is not None)
         found = re.search(r"Serving (http://\S+:(\d+))/mcp", self.log())
         assert found, self.log()
@@ -108,6 +106,30 @@ class Http:
         self.process.kill()
         self.process.wait()
         self.errors.close()
+
+
+class Waiting(Http):
+    """The server that waits; what its tools do can be seen in `directory`."""
+
+    def __init__(self, directory: Path, *options: str, **more: Any) -> None:
+        self.directory = directory
+        super().__init__(WAITING_SERVER, str(directory), *options, **more)
+
+
+@contextmanager
+def served(*words: str, token: str = "", address: str = "0") -> Generator[httpx.Client]:
+    """A client of a server that is up for as long as the block lasts; it sends the token, if there is one."""
+    with closing(Http(*words, token=token or None, address=address)) as server:
+        server.client.headers.update({"authorization": f"Bearer {token}"} if token else {})
+        yield server.client
+
+
+def rpc(client: httpx.Client, method: str, **params: Any) -> dict[str, Any]:
+    """The result of a request that must be answered."""
+    headers, body = request(method, **params)
+    response = client.post("/mcp", headers=headers, json=body)
+    assert response.status_code == 200, response.text
+    return response.json()["result"]
 
 
 def until(condition: Callable[[], Any], seconds: float = 30) -> None:

@@ -25,8 +25,7 @@ from typing import Any
 import pytest
 from conftest import PROJECT, Clock, ok, refused
 from mcp import Client, StdioServerParameters
-from over_http import TOKEN
-from served import rpc, served
+from over_http import TOKEN, rpc, served
 
 pytestmark = pytest.mark.anyio
 

@@ -27,8 +27,7 @@ import kubernetes_validate  # pyright: ignore[reportMissingTypeStubs]
 import pytest
 import yaml
 from conftest import PROJECT
-from over_http import TOKEN, request
-from served import served
+from over_http import TOKEN, request, served
 
 import pg_server
 

@@ -17,13 +17,13 @@ from unittest.mock import patch
 
 import httpx
 import pytest
-from over_http import OTHER_TOKEN, TOKEN, Http, raw_post, read_all, read_answer, request, tool_call, until
+from over_http import OTHER_TOKEN, TOKEN, Waiting, raw_post, read_all, read_answer, request, tool_call, until
 
 import serving
 import serving_http
 from common import ConfigError
 
-Start = Callable[..., Http]
+Start = Callable[..., Waiting]
 
 ERAS = (False, True)  # with a handshake, and modern
 TOOLS_LIST = json.dumps(request("tools/list")[1]).encode()
@@ -33,23 +33,23 @@ TOOLS_LIST = json.dumps(request("tools/list")[1]).encode()
 def http(tmp_path: Path) -> Iterator[Start]:
     """Starts servers; they are ended at the end of the test."""
     with ExitStack() as started:
-        yield lambda *options, **more: started.enter_context(closing(Http(tmp_path, *options, **more)))
+        yield lambda *options, **more: started.enter_context(closing(Waiting(tmp_path, *options, **more)))
 
 
 @pytest.fixture(scope="module")
-def open_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Http]:
+def open_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Waiting]:
     """A server without tokens, on loopback."""
     hosts = ("--allowed-host", "Mcp.Example.com", "--allowed-host", "other.test:8443")
-    with closing(Http(tmp_path_factory.mktemp("open"), *hosts, "--max-output", "0")) as server:
+    with closing(Waiting(tmp_path_factory.mktemp("open"), *hosts, "--max-output", "0")) as server:
         yield server
 
 
 @pytest.fixture(scope="module")
-def closed_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Http]:
+def closed_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Waiting]:
     """A server that wants one of two tokens."""
     directory = tmp_path_factory.mktemp("closed")
     options = ("--audit-log", str(directory / "audit.jsonl"), "--health-time", "2")
-    with closing(Http(directory, *options, token=f" {TOKEN},{OTHER_TOKEN}\n", address="0.0.0.0:0")) as server:
+    with closing(Waiting(directory, *options, token=f" {TOKEN},{OTHER_TOKEN}\n", address="0.0.0.0:0")) as server:
         yield server
 
 
@@ -65,7 +65,7 @@ NOT_VALID: list[list[tuple[str, str]]] = [
 
 
 @pytest.mark.parametrize("headers", NOT_VALID)
-def test_without_a_valid_token_nothing_is_answered(headers: list[tuple[str, str]], closed_server: Http) -> None:
+def test_without_a_valid_token_nothing_is_answered(headers: list[tuple[str, str]], closed_server: Waiting) -> None:
     before = (log := closed_server.directory / "audit.jsonl").read_bytes()
     paths = ("/mcp", "/mcp/", "//mcp", "/MCP", "/", f"/mcp?token={TOKEN}&access_token={TOKEN}", "/health/", "/docs")
     requests: list[tuple[str, str, Any]] = [("POST", path, request("tools/list")) for path in paths]
@@ -80,7 +80,7 @@ def test_without_a_valid_token_nothing_is_answered(headers: list[tuple[str, str]
     assert log.read_bytes() == before  # no tool ran
 
 
-def test_each_valid_token_opens_the_server_callers_are_told_apart_and_no_token_is_shown(closed_server: Http) -> None:
+def test_each_valid_token_opens_the_server_callers_are_told_apart_and_no_token_is_shown(closed_server: Waiting) -> None:
     for token in (TOKEN, OTHER_TOKEN):
         assert closed_server.text("wait", token=token, seconds=0, text=f"it is {OTHER_TOKEN}") == "it is ***"
         closed_server.call(token, token=token)
@@ -139,14 +139,14 @@ NAMES: dict[tuple[str, int], str] = {
 
 
 @pytest.mark.parametrize(("header", "status"), NAMES)
-def test_a_wrong_host_or_origin_is_told_how_to_add_one(header: str, status: int, open_server: Http) -> None:
+def test_a_wrong_host_or_origin_is_told_how_to_add_one(header: str, status: int, open_server: Waiting) -> None:
     for value, era in itertools.product(NAMES[header, status].split(" "), ERAS):
         response = open_server.post("tools/list", (header, value), modern=era)
         assert response.status_code == status, value
         assert (status == 200) == ("much" in response.text) != ("--allowed-host" in response.text)
 
 
-def test_there_are_no_sessions_no_open_streams_no_other_paths_and_no_huge_requests(open_server: Http) -> None:
+def test_there_are_no_sessions_no_open_streams_no_other_paths_and_no_huge_requests(open_server: Waiting) -> None:
     for method in ("GET", "DELETE", "PUT"):
         response = open_server.client.request(method, "/mcp", headers={"accept": "text/event-stream"})
         assert (response.status_code, response.headers["allow"]) == (405, "POST")
@@ -195,7 +195,7 @@ BAD_REQUESTS: dict[str, bytes] = {
 
 
 @pytest.mark.parametrize("data", BAD_REQUESTS.values(), ids=BAD_REQUESTS.keys())
-def test_a_bad_request_is_refused_at_once_or_when_the_client_stops_sending(data: bytes, open_server: Http) -> None:
+def test_a_bad_request_is_refused_at_once_or_when_the_client_stops_sending(data: bytes, open_server: Waiting) -> None:
     with suppress(OSError), open_server.connect() as leaving:  # without a word
         leaving.sendall(data)
     with open_server.connect() as connection:
@@ -284,7 +284,7 @@ def test_more_connections_than_the_process_may_open_files_leave_the_server_answe
         assert running.result() == "finished"  # a call keeps its connection
 
 
-def test_after_a_refusal_the_connection_stays_open_for_what_is_http_only(closed_server: Http) -> None:
+def test_after_a_refusal_the_connection_stays_open_for_what_is_http_only(closed_server: Waiting) -> None:
     body = b"1\r\nx\r\n0\r\n\r\n"
     for rest, begin in ((body + raw_post(TOOLS_LIST), b"HTTP/1.1 401"), (body + b"no\r\n\r\n", b""), (b"ZZ\r\n", b"")):
         with closed_server.connect() as connection, closed_server.connect() as at_once:
@@ -298,7 +298,7 @@ def test_after_a_refusal_the_connection_stays_open_for_what_is_http_only(closed_
 
 
 @pytest.mark.slow
-def test_an_answer_waits_for_no_acknowledgement_and_hardly_for_bodies_of_tiny_chunks(closed_server: Http) -> None:
+def test_an_answer_waits_for_no_acknowledgement_and_hardly_for_bodies_of_tiny_chunks(closed_server: Waiting) -> None:
     started, stop = time.monotonic(), threading.Event()
     assert {closed_server.health() for _ in range(100)} == {200}
     assert time.monotonic() - started < 3  # 100 delayed acknowledgements take 4
@@ -318,7 +318,7 @@ def test_an_answer_waits_for_no_acknowledgement_and_hardly_for_bodies_of_tiny_ch
     assert not any(flooding.exception() for flooding in running)
 
 
-def test_sixty_four_clients_get_their_own_answers_and_who_hangs_up_stops_their_call(open_server: Http) -> None:
+def test_sixty_four_clients_get_their_own_answers_and_who_hangs_up_stops_their_call(open_server: Waiting) -> None:
     def client(number: int) -> None:
         with open_server.new_client() as session:
             for turn in range(6):
@@ -339,7 +339,7 @@ def test_sixty_four_clients_get_their_own_answers_and_who_hangs_up_stops_their_c
     assert "Traceback" not in open_server.log()
 
 
-def test_health_follows_the_resource_even_if_it_does_not_answer_and_other_calls_go_on(closed_server: Http) -> None:
+def test_health_follows_the_resource_even_if_it_does_not_answer_and_other_calls_go_on(closed_server: Waiting) -> None:
     sick, hang, checks = (closed_server.directory / name for name in ("sick", "hang", "checks"))
     assert closed_server.client.get("/health").text == '{"status":"ok"}'
     sick.touch()

@@ -17,8 +17,7 @@ from typing import Any
 
 import pytest
 from conftest import PROJECT
-from over_http import TOKEN
-from served import rpc, served
+from over_http import TOKEN, rpc, served
 
 README = (PROJECT / "README.md").read_text()
 REFERENCE = (PROJECT / "docs" / "reference.md").read_text()
