@@ -140,7 +140,7 @@ def build(database: Any, served: str, options: "serving.Options", name: str = "d
     and these methods, which raise QueryError: `query` and `tables` return an Answer, `explain` and `create_statement` a
     text, `describe` a Description, `all_tables` the Catalog of at most MAX_RESOURCES tables. What `running` opens is
     closed at its end, and several clients may be inside at once. `check` raises any error when the database cannot be
-    served just now.
+    served just now. Raises ConfigError.
     """
 
     class DatabaseServer(serving.Server):
@@ -155,6 +155,8 @@ def build(database: Any, served: str, options: "serving.Options", name: str = "d
             uris = [(f"schema://{quote(s, '')}/{quote(t, '')}", f"{s}.{t}") for s, t, _ in found]
             return [Resource(uri=uri, name=name, mime_type="application/sql") for uri, name in uris]
 
+    if not 0.1 <= database.seconds <= 25:  # a tool call may take 30 s in all
+        raise ConfigError(f"--timeout {database.seconds:g} is not a number of seconds from 0.1 to 25")
     about = f"Read-only SQL ({database.kind}) on {served}; a statement is stopped after {database.seconds:g} s"
     server = DatabaseServer(name, about, options, lifespan=lambda _: database.running())  # pyright: ignore[reportUnknownLambdaType]
     server.health = database.check
@@ -678,8 +680,6 @@ def from_command_line(args: Any, options: "serving.Options") -> "serving.Server"
         if "://" in file:  # the rest may hold a password
             told = f"this server serves SQLite files, not {file.partition('://')[0]}:// URLs; name files by their paths"
             raise ConfigError(f"{told}; for PostgreSQL, use pg_server.py: DATABASE_URL=... python pg_server.py")
-    if not 0.1 <= args.timeout <= 25:  # a tool call may take 30 s in all
-        raise ConfigError(f"--timeout {args.timeout:g} is not a number of seconds from 0.1 to 25")
     return build_server(args.files, timeout=args.timeout, options=options)
 
 
