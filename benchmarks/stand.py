@@ -203,8 +203,10 @@ def serve_api() -> None:
 def api() -> Generator[str]:
     """The address of the API, which runs in a process of its own, so that it does not hold up the client's clock."""
     with subprocess.Popen([sys.executable, __file__], stdout=subprocess.PIPE, text=True) as process:
-        yield cast(IO[str], process.stdout).readline().strip()
-        process.kill()
+        try:
+            yield cast(IO[str], process.stdout).readline().strip()
+        finally:
+            process.kill()
 
 
 # --------------------------------------------------------------------------------------------------------- client
@@ -279,10 +281,7 @@ class Process:
 
     def close(self) -> None:
         """End it with its children, whatever they are doing."""
-        for pid in descendants(self.process.pid):
-            with suppress(ProcessLookupError):
-                os.kill(pid, 9)
-        self.process.wait()
+        end(self.process)
         with suppress(BrokenPipeError):
             self.stdin.close()
         self.stdout.close()
@@ -301,6 +300,14 @@ def descendants(pid: int) -> list[int]:
             for child in map(int, task.read_text().split()):
                 found += descendants(child)
     return found
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Kill a process with its children, which may end by themselves then."""
+    for pid in descendants(process.pid):
+        with suppress(ProcessLookupError):
+            os.kill(pid, 9)
+    process.wait()
 
 
 class OverHttp:
@@ -344,10 +351,8 @@ class OverHttp:
         return (time.perf_counter() - started) * 1000 / (calls // clients * clients)
 
     def close(self) -> None:
-        """End it."""
-        for pid in descendants(self.process.pid):
-            os.kill(pid, 9)
-        self.process.wait()
+        """End it with its children."""
+        end(self.process)
 
 
 if __name__ == "__main__":
