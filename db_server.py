@@ -351,7 +351,7 @@ def json_lines(rows: Iterator[Sequence[Any]]) -> Iterator[str]:
     while batch := list(islice(rows, 8)):
         if [c for row in batch for c in row if type(c) is bytes or (type(c) is int and abs(c) > SAFE_INTEGER)]:
             batch = [list(map(in_words, row)) for row in batch]
-        yield from (to_json(row, inf_nan_mode="strings").decode() for row in batch)
+        yield from [to_json(row, inf_nan_mode="strings").decode() for row in batch]
 
 
 # ------------------------------------------------------------------------------------------ what is in a database

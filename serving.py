@@ -18,9 +18,13 @@ if sys.version_info < (3, 11):
 
 import gc
 
-# Importing the SDK makes 120,000 objects that all stay; looking for garbage among them is a sixth of the start-up.
+# To import the SDK takes as long as all the rest of the start together. It makes 120,000 objects that all stay: looking
+# for garbage among them can wait. So can building hundreds of models of messages, most of which are never sent.
 gc.disable()
 try:
+    from pydantic import BaseModel
+
+    BaseModel.model_config["defer_build"] = True
     from mcp.server import MCPServer
 except ImportError:
     sys.stderr.write('this server needs the package mcp, version 2.3 or newer: pip install "mcp>=2.3,<3"\n')
@@ -51,6 +55,7 @@ from pydantic_core import ValidationError, to_json
 
 from common import ConfigError, TokenBucket
 
+del BaseModel.model_config["defer_build"]
 gc.freeze()
 gc.enable()
 
@@ -159,10 +164,8 @@ class Server(MCPServer[Any]):
         """What is wrong, without what the SDK puts around it and without any exception's own text."""
         tool = self._tool_manager.get_tool(name)
         if tool and isinstance(exc.__cause__, ValidationError):
-            problems = [
-                f"{'.'.join(map(str, e['loc']))}: {e['msg'][:1].lower()}{e['msg'][1:]} (got {e['input']!r:.60})"
-                for e in exc.__cause__.errors()
-            ]
+            found = [(".".join(map(str, e["loc"])), e["msg"], e["input"]) for e in exc.__cause__.errors()]
+            problems = [f"{where}: {said[:1].lower()}{said[1:]} (got {got!r:.60})" for where, said, got in found]
             return f"{'; '.join(problems)}; {name} takes {', '.join(tool.parameters['properties']) or 'no arguments'}"
         if str(exc) == f"Unknown tool: {name}":
             return f"unknown tool: {name}; this server has {', '.join(t.name for t in self._tool_manager.list_tools())}"
@@ -284,8 +287,7 @@ class Pipes(anyio.abc.ObjectReceiveStream[SessionMessage], anyio.abc.ObjectSendS
     async def send(self, item: SessionMessage) -> None:
         """Send a message. Large results wait for their turn as they are, not as bytes in a buffer besides."""
         async with self._turn:
-            line = jsonrpc_message_adapter.dump_json(item.message, by_alias=True, exclude_unset=True)
-            self._writer.write(line + b"\n")
+            self._writer.write(jsonrpc_message_adapter.dump_json(item.message, exclude_unset=True) + b"\n")
             with suppress(ConnectionError):  # the client has gone; the end of stdin will say so
                 await self._writer.drain()
 
