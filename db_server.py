@@ -42,7 +42,7 @@ if TYPE_CHECKING or "anyio.to_process" not in getattr(sys, "orig_argv", ()):
 
     from typing import Annotated  # Python 3.8, which gets the line of serving.py, lacks it
 
-    from mcp.server.mcpserver.exceptions import MCPServerError, ResourceError
+    from mcp.server.mcpserver.exceptions import MCPServerError, ResourceNotFoundError
     from mcp.server.mcpserver.resources.templates import ResourceSecurity
     from mcp.shared.exceptions import MCPError
     from mcp_types import INTERNAL_ERROR, Resource
@@ -176,7 +176,8 @@ async def answer(result: Awaitable[Any]) -> Any:
     try:
         found = await result
     except (QueryError, SystemExit) as exc:  # the second are the last words of a worker
-        raise ResourceError(" ".join(str(exc).split())[:MAX_NAME]) from None  # of a tool, it counts as a ToolError
+        # To a resource it is nearly always a wrong name; of a tool, it counts as a ToolError.
+        raise ResourceNotFoundError(" ".join(str(exc).split())[:MAX_NAME]) from None
     if not isinstance(found, Answer):
         return found
     return f"{found.text}\n{trailer(*found.facts, **found.resume)}" if found.facts else found.text

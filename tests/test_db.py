@@ -20,7 +20,7 @@ import anyio.to_process
 import pytest
 from conftest import PROJECT, Stdio, ok, refused
 from mcp import Client, MCPError
-from mcp_types import TextResourceContents
+from mcp_types import INVALID_PARAMS, TextResourceContents
 
 from common import ConfigError
 from db_server import MAX_HEAP, MAX_PROCESS, build_server, name_schemas, open_read_only
@@ -462,8 +462,9 @@ async def test_create_statements_are_resources_that_count_as_calls(file: Path, t
         assert f"schema://main/{quote(name, safe='')}" in texts
         assert "CREATE INDEX orders_by_customer" in texts["schema://main/orders"]
         for uri, message in (("main/custmers", "did you mean customers"), ("x/orders", "did you mean orders")):
-            with pytest.raises(MCPError, match=message):
+            with pytest.raises(MCPError, match=message) as caught:
                 await resource(client, f"schema://{uri}")
+            assert caught.value.error.code == INVALID_PARAMS
         with pytest.raises(MCPError, match="rate limit reached"):
             await client.list_resources()
     lines = [json.loads(line) for line in (tmp_path / "audit.jsonl").read_text().splitlines()]
