@@ -18,8 +18,8 @@ if sys.version_info < (3, 11):
 
 import gc
 
-# To import the SDK takes as long as all the rest of the start together. It makes 120,000 objects that all stay: looking
-# for garbage among them can wait. So can building hundreds of models of messages, most of which are never sent.
+# To import the SDK is nearly all of the start. It makes 90,000 objects that all stay: looking for garbage among them
+# can wait. So can building hundreds of models of messages, most of which are never sent.
 gc.disable()
 try:
     from pydantic import BaseModel
